@@ -1,0 +1,1 @@
+"""Sardonyx: a model-repository server over ONNX Runtime."""

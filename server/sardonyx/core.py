@@ -1,0 +1,226 @@
+"""The nouns that every floor shares.
+
+Floor 0: no ONNX Runtime, no HTTP, no files, no clock. A scheduler and a runner never import each other; they meet here,
+in `Sequence` and `Batch`.
+
+Shape letters, used in every docstring of the project:
+    T packed tokens of a step · B rows · S padded chunk · N wanted logits rows · P past tokens · C cache capacity ·
+    L layers · H query heads · K key/value heads · D head size · V vocabulary · E hidden size;
+    images: c channels · y rows · x columns.
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended. The OpenAI API shows only ``stop`` and ``length``."""
+
+    STOP = "stop"
+    """A stop token, a stop string or the end of the text."""
+    LENGTH = "length"
+    """`Request.max_tokens` or the model's limit."""
+    CANCELLED = "cancelled"
+    """Aborted: the client left, or its deadline passed."""
+    ERROR = "error"
+    """The step that held it failed; `SequenceEvent.error` says how."""
+
+
+class SequenceState(enum.Enum):
+    """Where a sequence stands in a step loop."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    PREEMPTED = enum.auto()
+    FINISHED = enum.auto()
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How one token is drawn from a row of logits. Validated where it was parsed; trusted from there on."""
+
+    temperature: float = 1.0
+    """0 is greedy; everything below then has no effect but penalties, bias and log-probabilities."""
+    top_k: int = 0
+    """Keep the k likeliest; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of likeliest tokens whose probabilities sum to at least this, in (0, 1]."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this times the likeliest, in [0, 1]."""
+    typical_p: float = 1.0
+    """Locally typical sampling: keep the set closest to the expected information, of this mass; 1 is off."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens already in prompt or completion; 1 is off."""
+    presence_penalty: float = 0.0
+    """Subtracted once from every token already in the completion."""
+    frequency_penalty: float = 0.0
+    """Subtracted from each token as often as it is in the completion."""
+    logit_bias: dict[int, float] = {}
+    """Added to raw logits, by token id."""
+    seed: int | None = None
+    """Same seed, same prompt: same completion. ``None`` draws one."""
+    num_logprobs: int | None = None
+    """``None``: none; 0: the chosen token's; n: the n likeliest as well. From raw logits, before penalties."""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence asked of a `StepLoop`: what `serving` submits. ``n`` choices are n requests."""
+
+    id: str
+    """Unique in the loop."""
+    prompt_ids: list[int]
+    """At least one token; at most the model's limit. Never changed after submission."""
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: int = 16
+    """Completion tokens at most. 0 only together with `num_prompt_logprobs`: score the prompt, generate nothing."""
+    min_tokens: int = 0
+    """Until so many completion tokens, no stop token is drawn."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end the sequence, the model's own end tokens among them. The token itself is delivered."""
+    num_prompt_logprobs: int | None = None
+    """As `SamplingParams.num_logprobs`, for each prompt token but the first. Switches prefix reuse off."""
+    deadline_s: float | None = None
+    """Monotonic time after which the sequence is ended as CANCELLED, waiting or running."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities at one position, from the raw logits."""
+
+    token_id: int
+    logprob: float
+    """Of `token_id`. Never NaN; at least -9999.0."""
+    top: list[tuple[int, float]]
+    """The likeliest tokens and theirs, best first; as many as were asked for."""
+
+
+class SequenceEvent(msgspec.Struct, kw_only=True):
+    """What one step did for one request. A finished request gets exactly one event with a finish reason, its last."""
+
+    request_id: str
+    token_ids: list[int] = []
+    """New completion tokens, in order; a stop token is among them."""
+    logprobs: list[TokenLogprobs] = []
+    """One for each of `token_ids` where asked for."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Once, when the prompt is done and where asked for: one for each prompt token but the first."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were not computed again, known from the first event on."""
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    """With FinishReason.ERROR: a sentence for the caller. With CANCELLED: ``"deadline"`` where time ran out."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request's life inside the engine. The policy owns it and changes it between steps; runners only read it."""
+
+    request: Request
+    seed: int
+    """The request's seed, or one drawn at submission."""
+    arrival_s: float
+    """Monotonic."""
+    token_ids: list[int] = field(default_factory=list)
+    """Prompt, then completion."""
+    num_computed_tokens: int = 0
+    """Tokens whose keys and values are in the cache. After a preemption it counts from 0 again."""
+    num_cached_tokens: int = 0
+    """Prompt tokens taken from the cache at first admission."""
+    slot: int = -1
+    """The KV row it holds while RUNNING, else -1."""
+    state: SequenceState = SequenceState.WAITING
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_preemptions: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens known but not yet in the cache: 1 while decoding, more while the prompt is prefilled."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+
+@dataclass(slots=True, frozen=True)
+class BatchRow:
+    """One sequence's part of a step: tokens ``[num_computed, num_computed + num_new)`` of its `token_ids`."""
+
+    sequence: Sequence
+    num_new_tokens: int
+
+    @property
+    def is_sampled(self) -> bool:
+        """The row reaches its last known token, so its logits give the next one."""
+        return self.num_new_tokens == self.sequence.num_pending_tokens
+
+
+@dataclass(slots=True, frozen=True)
+class SlotCopy:
+    """Copy the first `num_tokens` cached positions of every layer from slot `source` to slot `target`."""
+
+    source: int
+    target: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one step executes: copies first, then one packed pass over `rows`."""
+
+    rows: list[BatchRow]
+    copies: list[SlotCopy] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """T of the step."""
+        return sum(row.num_new_tokens for row in self.rows)
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What a runner made of a `Batch`, in the order of its rows."""
+
+    token_ids: list[int | None]
+    """The next token, for rows that are sampled."""
+    logprobs: list[TokenLogprobs | None]
+    """For sampled rows that asked."""
+    prompt_logprobs: list[list[TokenLogprobs]]
+    """For rows that asked: of the prompt tokens that this step's logits predict, in order; else empty."""
+
+
+@dataclass(slots=True, frozen=True)
+class RunnerLimits:
+    """What a policy must respect; fixed while the runner lives."""
+
+    num_slots: int
+    """KV rows."""
+    max_model_len: int
+    """Prompt and completion tokens of one sequence at most."""
+    max_chunk_tokens: int
+    """Prompt tokens of one row in one step at most; C = max_model_len + max_chunk_tokens - 1."""
+    vocab_size: int
+
+
+class Runner(Protocol):
+    """Executes batches of one family on one device. Used by one thread."""
+
+    @property
+    def limits(self) -> RunnerLimits: ...
+
+    def execute(self, batch: Batch) -> StepOutput:
+        """Run one step.
+
+        Raises:
+            EngineError: the step failed; no row of it has an answer, and their cache rows are unspecified.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back memory. Nothing may be executed afterwards."""
+        ...
