@@ -192,6 +192,8 @@ class StepOutput:
     """For sampled rows that asked."""
     prompt_logprobs: list[list[TokenLogprobs]]
     """For rows that asked: of the prompt tokens that this step's logits predict, in order; else empty."""
+    failed: dict[int, str] = field(default_factory=dict)
+    """By index of the row: why this row alone has no answer, as a sentence for its caller. The others stand."""
 
 
 @dataclass(slots=True, frozen=True)
