@@ -1,4 +1,4 @@
-"""A closed loop of clients over a step-wise engine, in one thread: each client sends its next prompt when its last is done.
+"""A closed loop of clients over a step-wise engine, each with one request at a time, in one thread.
 
 Needs nothing but the standard library, so that a rival's interpreter can run it unchanged.
 """

@@ -2,8 +2,8 @@
 
     python benchmarks/engine.py --gguf MODEL.gguf --repository model_repository --model NAME --rival-python PYTHON
 
-Each engine runs in a process of its own with the same prompts (token ids), greedy, end tokens ignored, and the same number
-of threads; the engines take turns, the whole round is repeated, medians are reported.
+Each engine runs in a process of its own with the same prompts (token ids), greedy, end tokens ignored, and the same
+number of threads; the engines take turns, the whole round is repeated, medians are reported.
 """
 
 import argparse
@@ -147,13 +147,18 @@ def report(
         ratios = [f"{ours / speed:.2f}" for name, speed in speeds.items() if name != "sardonyx"]
         rows.append([clients, *(f"{speed:.0f}" for speed in speeds.values()), *ratios])
     sys.stdout.write(results.table(header, rows) + "\n")
+    header = ["engine", "prefix of 1,000: cold ms", "warm ms", "largest stall ms", "long prompt's first token ms"]
+    rows = []
     for name, numbers in summary.items():
-        prefix_numbers, stall_numbers = numbers["shared_prefix_1000"], numbers["long_prompt_4000_among_8"]
-        sys.stdout.write(
-            f"{name}: prefix of 1,000: cold {prefix_numbers['cold_ttft_ms']['median']} ms, warm "
-            f"{prefix_numbers['warm_ttft_ms']['median']} ms; largest stall {stall_numbers['largest_stall_ms']['median']} ms, "
-            f"long prompt's first token {stall_numbers['long_ttft_ms']['median']} ms\n"
-        )
+        prefix_ms, stall_ms = numbers["shared_prefix_1000"], numbers["long_prompt_4000_among_8"]
+        medians = [
+            prefix_ms["cold_ttft_ms"],
+            prefix_ms["warm_ttft_ms"],
+            stall_ms["largest_stall_ms"],
+            stall_ms["long_ttft_ms"],
+        ]
+        rows.append([name, *(entry["median"] for entry in medians)])
+    sys.stdout.write(results.table(header, rows) + "\n")
     sys.stdout.write(f"saved {path}\n")
 
 

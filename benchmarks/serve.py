@@ -2,9 +2,9 @@
 
     python benchmarks/serve.py --repository model_repository --model NAME
 
-Each client keeps one `/v1/completions` stream open at a time. Server and clients share the machine's cores, so the client's own
-cost is part of the result. `--url` measures a server that already runs (any that speaks the OpenAI API); then there are no
-in-process runs.
+Each client keeps one `/v1/completions` stream open at a time. Server and clients share the machine's cores, so the
+client's own cost is part of the result. `--url` measures a server that already runs (any that speaks the OpenAI API);
+then there are no in-process runs.
 """
 
 import argparse
@@ -205,7 +205,7 @@ def main() -> None:
     tokenizer = workload.load_tokenizer(arguments.repository, arguments.model)
     http: list[dict[str, Any]] = []
     inside: list[list[dict[str, Any]]] = []
-    launch: list[str] = []
+    launch: list[str] | None = None
     for repeat in range(arguments.repeats):
         if arguments.url:
             http.append(measure_http(arguments.url, arguments.model, tokenizer, repeat))
@@ -218,7 +218,8 @@ def main() -> None:
             "scenarios": in_process.throughput_scenarios(tokenizer, repeat),
         }
         inside.append(in_process.run_worker("sardonyx", sys.executable, job)[1:])
-        with served(arguments.repository, arguments.threads) as (url, launch):
+        with served(arguments.repository, arguments.threads) as (url, command):
+            launch = command
             http.append(measure_http(url, arguments.model, tokenizer, repeat))
         speeds = [f"{run['clients']}: {run['output_tokens_per_s']:.0f}" for run in http[-1]["runs"]]
         sys.stderr.write(f"round {repeat + 1}: {', '.join(speeds)} tokens/s over HTTP\n")
@@ -226,7 +227,10 @@ def main() -> None:
 
 
 def report(
-    http: list[dict[str, Any]], inside: list[list[dict[str, Any]]], launch: list[str], arguments: argparse.Namespace
+    http: list[dict[str, Any]],
+    inside: list[list[dict[str, Any]]],
+    launch: list[str] | None,
+    arguments: argparse.Namespace,
 ) -> None:
     by_clients: dict[int, dict[str, Any]] = {}
     for index, clients in enumerate(in_process.CLIENTS):

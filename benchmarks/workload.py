@@ -1,4 +1,4 @@
-"""What every engine is given: the same prompts, as token ids of the same tokenizer, and the facts of the machine it ran on."""
+"""What every engine is given, the same prompts as ids of the same tokenizer, and the facts of the machine."""
 
 import datetime
 import importlib.metadata
@@ -12,45 +12,18 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-_SUBJECTS = [
-    "the harbour",
-    "an old clock",
-    "the river",
-    "a letter",
-    "the garden",
-    "her brother",
-    "the engine",
-    "a narrow street",
-    "the teacher",
-    "rain",
-]
-_VERBS = ["turned", "waited", "carried", "opened", "remembered", "followed", "measured", "lost", "answered", "painted"]
-_OBJECTS = [
-    "a blue door",
-    "the last train",
-    "seven stones",
-    "the morning paper",
-    "an empty cup",
-    "the long road",
-    "a quiet song",
-    "the map",
-]
-_PLACES = [
-    "near the bridge",
-    "before noon",
-    "under the stairs",
-    "in winter",
-    "without a word",
-    "beside the mill",
-    "at the station",
-]
+_SUBJECTS = "the harbour, an old clock, the river, a letter, the garden, her brother, the engine, a teacher, rain"
+_VERBS = "turned, waited, carried, opened, remembered, followed, measured, lost, answered, painted"
+_OBJECTS = "a blue door, the last train, seven stones, the morning paper, an empty cup, the long road, the map"
+_PLACES = "near the bridge, before noon, under the stairs, in winter, without a word, beside the mill"
+_PARTS = [part.split(", ") for part in (_SUBJECTS, _VERBS, _OBJECTS, _PLACES)]
 
 
 def text(num_words: int, rng: random.Random) -> str:
     """English-looking sentences of about `num_words` words, the same for the same `rng` state."""
     words: list[str] = []
     while len(words) < num_words:
-        parts = (rng.choice(_SUBJECTS), rng.choice(_VERBS), rng.choice(_OBJECTS), rng.choice(_PLACES))
+        parts = [rng.choice(choices) for choices in _PARTS]
         words += (" ".join(parts).capitalize() + ".").split()
     return " ".join(words[:num_words])
 

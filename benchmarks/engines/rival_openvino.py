@@ -9,7 +9,7 @@ import openvino_genai as genai
 
 
 class OpenVino:
-    """`add_request` and `step` as they come; every option but the cache size and the thread count is the library's own."""
+    """`add_request` and `step` as they come; all but cache size and thread count is the library's default."""
 
     def __init__(
         self, gguf: str, *, threads: int, max_clients: int, max_tokens_each: int, prefix_caching: bool = False
