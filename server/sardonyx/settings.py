@@ -201,6 +201,12 @@ def load_settings(
     return Settings(**values)
 
 
+def parse_size(text: str) -> int | None:
+    """Bytes of ``2GiB``, ``512 MiB`` or ``1048576``; ``None`` for anything else."""
+    size = _SIZE.fullmatch(text.strip())
+    return int(size[1]) * _SIZE_UNITS[size[2]] if size else None
+
+
 def check_exposure(settings: Settings) -> None:
     """Refuse to listen beyond loopback without keys, unless told to.
 
@@ -321,8 +327,8 @@ def _convert(name: str, kind: Any, value: object, where: dict[str, str]) -> Any:
             if not all(key.strip() and target.strip() for key, _, target in pairs):
                 raise ConfigError(f"expected name=value,...{shown}", **where)
             parsed = {key.strip(): target.strip() for key, _, target in pairs}
-        elif name.endswith("_bytes") and (size := _SIZE.fullmatch(value.strip())):
-            parsed = int(size[1]) * _SIZE_UNITS[size[2]]
+        elif name.endswith("_bytes"):
+            parsed = parse_size(value) or value
     try:
         converted = msgspec.convert(parsed, kind, strict=not isinstance(value, str), dec_hook=_to_path)
     except msgspec.ValidationError as error:

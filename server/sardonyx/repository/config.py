@@ -1,0 +1,170 @@
+"""`config.pbtxt`: Triton's ModelConfig, the file that an operator edits.
+
+Floor 1. Parsed into tritonclient's own message: a second copy of those protos would clash with it in one process. A
+field that a family does not honour is refused by name, never ignored.
+"""
+
+import difflib
+import re
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from google.protobuf import text_format
+from msgspec import Meta
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from sardonyx.errors import ConfigError
+from sardonyx.settings import parse_size
+
+FILE_NAME = "config.pbtxt"
+MAX_BYTES = 1 << 20
+PLATFORM = "onnxruntime_onnx"
+BACKEND = "onnxruntime"
+
+_FIELD_IN_MESSAGE = re.compile(r"""(?:field named|[Ff]ield|multiple) "([\w.]+)\"""")
+_FIELD_IN_LINE = re.compile(r"([A-Za-z_]\w*)\s*[:{\[]")
+_LANGUAGE_MODEL_FIELDS = frozenset({"name", "platform", "backend", "version_policy", "parameters"})
+
+
+class LanguageModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``parameters`` of a language model. What is ``None`` comes from the server's settings of the same name."""
+
+    max_num_seqs: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    """Sequences that run at once: KV slots."""
+    max_model_len: Annotated[int, Meta(ge=1, le=1 << 24)] | None = None
+    """Prompt and completion tokens of one sequence at most; never above what the graph was built for."""
+    max_chunk_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    """Prompt tokens of one sequence in one step at most."""
+    max_batch_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    """Tokens of one step at most."""
+    kv_cache_bytes: Annotated[int, Meta(ge=1, le=1 << 50)] | None = None
+    """Most memory for the KV cache; ``2GiB`` is understood."""
+    max_step_ms: Annotated[float, Meta(gt=0, le=60_000)] | None = None
+    """Target length of a step while others decode, in milliseconds."""
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read the model config of a model's folder. A missing file is an empty config.
+
+    Returns:
+        A config whose ``name`` is the folder's.
+
+    Raises:
+        ConfigError: as `parse_config`, or the file cannot be read.
+    """
+    path = folder / FILE_NAME
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        data = b""
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from error
+    return parse_config(data, name=folder.name, file=str(path))
+
+
+def parse_config(data: bytes, *, name: str, file: str = FILE_NAME) -> ModelConfig:
+    """Parse and check what holds for every family.
+
+    Args:
+        data: the file, UTF-8.
+        name: the model's folder. An empty ``name`` in the file is filled with it.
+        file: how errors call the file; the line is added.
+
+    Raises:
+        ConfigError: not a ModelConfig in text format, too large, another model's name, a platform or backend that we
+            do not have, a version policy that chooses nothing.
+
+    Source: Triton, docs/user_guide/model_configuration.md; core/src/model_config_utils.cc.
+    """
+    config = _parse(data, file)
+    if config.name and config.name != name:
+        raise ConfigError(
+            f"is {config.name!r}, but the folder is {name!r}: they must be equal", file=file, field="name"
+        )
+    config.name = name
+    if config.platform not in {"", PLATFORM}:
+        raise ConfigError(f"is {config.platform!r}; this server has {PLATFORM!r}", file=file, field="platform")
+    if config.backend not in {"", BACKEND}:
+        raise ConfigError(f"is {config.backend!r}; this server has {BACKEND!r}", file=file, field="backend")
+    policy = config.version_policy
+    kind = policy.WhichOneof("policy_choice")
+    if kind == "latest" and policy.latest.num_versions < 1:
+        raise ConfigError("is 0: no version would be served", file=file, field="version_policy.latest.num_versions")
+    if kind == "specific" and (not policy.specific.versions or min(policy.specific.versions) < 1):
+        raise ConfigError("needs versions from 1 up", file=file, field="version_policy.specific.versions")
+    return config
+
+
+def choose_versions(config: ModelConfig, present: list[int]) -> list[int]:
+    """The versions to serve, ascending: the policy's choice among those that are there, by default the latest one."""
+    policy = config.version_policy
+    match policy.WhichOneof("policy_choice"):
+        case "all":
+            return sorted(present)
+        case "specific":
+            return sorted(set(present) & set(policy.specific.versions))
+        case "latest":
+            return sorted(present)[-policy.latest.num_versions :]
+        case _:
+            return sorted(present)[-1:]
+
+
+def language_model_options(config: ModelConfig, *, file: str = FILE_NAME) -> LanguageModelOptions:
+    """Read the parameters of a language model.
+
+    Raises:
+        ConfigError: an unknown parameter, a value of the wrong type or out of range, or a field of ModelConfig that a
+            language model does not honour (batching, tensors and instances are the engine's own matter).
+    """
+    for field, _ in config.ListFields():
+        if field.name not in _LANGUAGE_MODEL_FIELDS:
+            raise ConfigError("has no meaning for a language model", file=file, field=field.name)
+    types = {field.name: field.type for field in msgspec.structs.fields(LanguageModelOptions)}
+    values: dict[str, Any] = {}
+    for key in sorted(config.parameters):
+        where = f"parameters[{key!r}]"
+        if key not in types:
+            close = difflib.get_close_matches(key, types, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(types)}"
+            raise ConfigError(f"is not a parameter of a language model; {hint}", file=file, field=where)
+        text = config.parameters[key].string_value.strip()
+        value = parse_size(text) if key.endswith("_bytes") else None
+        # The bare type: with `| None` the text "null" would pass as None.
+        bare_type = typing.get_args(types[key])[0]
+        try:
+            values[key] = msgspec.convert(text if value is None else value, bare_type, strict=False)
+        except msgspec.ValidationError as error:
+            reason = str(error).partition(", got")[0].replace("`", "").replace("Expected", "expected")
+            raise ConfigError(f"{reason}, not {text!r}", file=file, field=where) from error
+    return LanguageModelOptions(**values)
+
+
+def _parse(data: bytes, file: str) -> ModelConfig:
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"is larger than {MAX_BYTES:,} bytes", file=file)
+    try:
+        text = data.decode()
+        config: ModelConfig = text_format.Parse(text, ModelConfig())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"is not UTF-8 at byte {error.start}", file=file) from error
+    except text_format.ParseError as error:
+        line = error.GetLine() or 1
+        reason = str(error).partition(" : ")[2] or str(error)
+        # The parser quotes the whole line before its reason.
+        reason = reason.rpartition("': ")[2] if reason.startswith("'") else reason
+        raise ConfigError(reason, file=f"{file}:{line}", field=_field_at(error, text)) from error
+    return config
+
+
+def _field_at(error: text_format.ParseError, text: str) -> str | None:
+    """The field that the parser stopped at: named in its message, or the last one before that column."""
+    if found := _FIELD_IN_MESSAGE.search(str(error)):
+        return found[1]
+    lines = text.split("\n")
+    line = error.GetLine() or 1
+    before = lines[line - 1][: error.GetColumn()] if line <= len(lines) else ""
+    names = _FIELD_IN_LINE.findall(before)
+    return names[-1] if names else None
