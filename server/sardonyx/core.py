@@ -83,6 +83,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """As `SamplingParams.num_logprobs`, for each prompt token but the first. Switches prefix reuse off."""
     deadline_s: float | None = None
     """Monotonic time after which the sequence is ended as CANCELLED, waiting or running."""
+    start_by_s: float | None = None
+    """Monotonic time after which it is ended as CANCELLED if it never had a slot."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -107,9 +109,12 @@ class SequenceEvent(msgspec.Struct, kw_only=True):
     """Once, when the prompt is done and where asked for: one for each prompt token but the first."""
     num_cached_tokens: int = 0
     """Prompt tokens that were not computed again, known from the first event on."""
+    started_s: float | None = None
+    """Monotonic time at which it first got a slot; ``None`` if it never did."""
     finish_reason: FinishReason | None = None
     error: str | None = None
-    """With FinishReason.ERROR: a sentence for the caller. With CANCELLED: ``"deadline"`` where time ran out."""
+    """With FinishReason.ERROR: a sentence for the caller. With CANCELLED, where time ran out: ``"deadline"``
+    (`Request.deadline_s`) or ``"queue"`` (`Request.start_by_s`)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -132,6 +137,8 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_preemptions: int = 0
+    started_s: float | None = None
+    """When it first got a slot."""
 
     @property
     def num_prompt_tokens(self) -> int:
