@@ -5,10 +5,10 @@ newer exporter says so with a higher `format_version`.
 """
 
 import re
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from sardonyx.errors import ConfigError
 
@@ -16,7 +16,11 @@ FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
 MAX_BYTES = 4 << 20
 
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Count = Annotated[int, Meta(ge=1, le=1 << 31)]
+TokenId = Annotated[int, Meta(ge=0, le=1 << 31)]
 
 
 class GraphFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,7 +29,7 @@ class GraphFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     path: str
     """File name inside the version folder."""
     sha256: str
-    size_bytes: int
+    size_bytes: Annotated[int, Meta(ge=0, le=1 << 50)]
 
 
 class Graph(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,9 +42,9 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class KvLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Shape of the in-place cache: ``past_key_values.{i}.key|value`` is ``(B, K, C, D)``, bound as present too."""
 
-    num_layers: int
-    num_kv_heads: int
-    head_size: int
+    num_layers: Count
+    num_kv_heads: Count
+    head_size: Count
     datatype: Literal["FP32", "FP16", "BF16", "INT8"] = "FP32"
 
 
@@ -70,7 +74,7 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Mean Kullback-Leibler divergence of the next-token distributions, in nats."""
     top1_agreement: float
     """Share of positions whose likeliest token agrees, in [0, 1]."""
-    num_positions: int
+    num_positions: Count
     tolerance: str
     """The rule that publishing held it to."""
 
@@ -78,15 +82,15 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class LanguageModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the llm family adds."""
 
-    vocab_size: int
+    vocab_size: Count
     """Width of the logits; the tokenizer may know fewer."""
-    max_model_len: int
+    max_model_len: Count
     """Positions that the graph was built for."""
     kv: KvLayout
-    bos_token_id: int | None = None
-    eos_token_ids: list[int] = []
+    bos_token_id: TokenId | None = None
+    eos_token_ids: list[TokenId] = []
     """Tokens that end a completion."""
-    pad_token_id: int | None = None
+    pad_token_id: TokenId | None = None
     add_bos_token: bool = False
     """The tokenizer puts a BOS before a plain prompt."""
 
@@ -113,6 +117,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """RFC 3339, UTC."""
 
 
+class _Format(msgspec.Struct, frozen=True):
+    """All that has to stay the same in every format."""
+
+    format_version: int = FORMAT_VERSION
+
+
 def parse(data: bytes, *, file: str = FILE_NAME) -> Manifest:
     """Decode and check a manifest.
 
@@ -122,21 +132,22 @@ def parse(data: bytes, *, file: str = FILE_NAME) -> Manifest:
     if len(data) > MAX_BYTES:
         raise ConfigError(f"is {len(data):,} bytes; a manifest has at most {MAX_BYTES:,}", file=file)
     try:
+        # First, because another format would fail as an unknown field.
+        version = msgspec.json.decode(data, type=_Format).format_version
+        if version != FORMAT_VERSION:
+            raise ConfigError(f"is {version}; this server reads {FORMAT_VERSION}", file=file, field="format_version")
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason, _, path = str(error).partition(" - at `$")
         raise ConfigError(reason, file=file, field=path.strip("`.") or None) from error
-    if manifest.format_version != FORMAT_VERSION:
-        raise ConfigError(
-            f"is {manifest.format_version}; this server reads {FORMAT_VERSION}", file=file, field="format_version"
-        )
+    listed: dict[str, GraphFile] = {}
     for entry in all_files(manifest):
-        if Path(entry.path).name != entry.path or entry.path in {"", ".", ".."} or "\\" in entry.path:
+        if not _FILE_NAME.fullmatch(entry.path):
             raise ConfigError(f"{entry.path!r} is not a plain file name", file=file, field="path")
+        if listed.setdefault(entry.path, entry) != entry:
+            raise ConfigError(f"{entry.path!r} is listed twice and differs", file=file, field="path")
         if not _SHA256.fullmatch(entry.sha256):
             raise ConfigError(f"of {entry.path} is not 64 hexadecimal digits", file=file, field="sha256")
-        if entry.size_bytes < 0:
-            raise ConfigError(f"of {entry.path} is negative", file=file, field="size_bytes")
     if manifest.family == "llm":
         if manifest.llm is None:
             raise ConfigError("is missing although family is llm", file=file, field="llm")
