@@ -5,10 +5,11 @@ dashboards and routers (llm-d, Gateway API inference extension) already read. Ob
 event loop's, so none takes a lock; `Metrics.render` may run in any thread and sees each number whole.
 """
 
+import copy
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -29,6 +30,8 @@ _REQUEST_S = (
 # fmt: on
 _TOKENS = tuple(float(mantissa * 10**exponent) for exponent in range(6) for mantissa in (1, 2, 5))
 _HTTP_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+# What `engine.stats` counts steps by; a test holds the two together.
+_STEP_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _LAG_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -97,6 +100,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("request_queue_time_seconds", "histogram", "From a request's arrival to its first step.", bounds=_REQUEST_S),
     Family("request_prompt_tokens", "histogram", "Prompt tokens of a sequence.", bounds=_TOKENS),
     Family("request_generation_tokens", "histogram", "Completion tokens of a sequence.", bounds=_TOKENS),
+    Family("step_duration_seconds", "histogram", "Length of the engine's steps.", bounds=_STEP_S, is_shared=False),
+    Family("step_tokens", "counter", "Tokens that the engine's steps computed.", is_shared=False),
+    Family("failed_steps", "counter", "Steps that ended in an error.", is_shared=False),
     Family(
         "admission_rejections",
         "counter",
@@ -133,6 +139,25 @@ FAMILIES: tuple[Family, ...] = (
     Family("build_info", "gauge", "Always 1.", labels=("version",), is_shared=False),
 )
 
+# Counters that the engine keeps by itself: the attribute of `EngineStats` by family.
+_ENGINE_COUNTERS = {
+    "prompt_tokens": "prompt_tokens",
+    "generation_tokens": "generated_tokens",
+    "prefix_cache_queries": "prompt_tokens",
+    "prefix_cache_hits": "prefix_hit_tokens",
+    "num_preemptions": "num_preemptions",
+    "step_tokens": "step_tokens",
+    "failed_steps": "num_failed_steps",
+}
+_REQUEST_HISTOGRAMS = (
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+)
 _BOUNDS = {family.name: family.bounds for family in FAMILIES}
 
 
@@ -153,6 +178,16 @@ class EngineStats(Protocol):
     def prefix_hit_tokens(self) -> int: ...
     @property
     def num_preemptions(self) -> int: ...
+    @property
+    def num_failed_steps(self) -> int: ...
+    @property
+    def step_tokens(self) -> int: ...
+    @property
+    def step_s_sum(self) -> float: ...
+    @property
+    def step_s_counts(self) -> tuple[int, ...]:
+        """By the bounds of ``step_duration_seconds``, not cumulative; the last one is of the longer steps."""
+        ...
 
 
 class Histogram:
@@ -170,6 +205,13 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += count
         self._sum += value * count
 
+    def plus(self, counts: tuple[int, ...], total: float) -> "Histogram":
+        """A new one with counts per bucket, and the sum of their values, that were made elsewhere."""
+        result = copy.copy(self)
+        result._counts = [own + new for own, new in zip(self._counts, counts, strict=True)]
+        result._sum = self._sum + total
+        return result
+
     def buckets(self) -> list[tuple[str, float]]:
         """Cumulative counts by upper bound, the last one ``+Inf``."""
         bounds = [*map(str, self._bounds), "+Inf"]
@@ -180,31 +222,38 @@ class Histogram:
         return self._sum
 
 
+class _Engine(NamedTuple):
+    sources: tuple[Callable[[], EngineStats], ...]
+    counters: dict[str, int]
+    """Of loops that are gone, by family."""
+    steps: Histogram
+    """Theirs as well."""
+
+
 class ModelMetrics:
     """The metrics of one model. They outlive its unloading: a counter never goes back."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._sources: list[Callable[[], EngineStats]] = []
-        self._retired = [0] * 4
+        self._engine = _Engine((), dict.fromkeys(_ENGINE_COUNTERS, 0), Histogram("step_duration_seconds"))
         self._cache_info: tuple[int, int] | None = None
         self._finished: dict[str, int] = {}
-        self._ttft = Histogram("time_to_first_token_seconds")
-        self._itl = Histogram("inter_token_latency_seconds")
-        self._tpot = Histogram("request_time_per_output_token_seconds")
-        self._e2e = Histogram("e2e_request_latency_seconds")
-        self._queue = Histogram("request_queue_time_seconds")
-        self._prompt = Histogram("request_prompt_tokens")
-        self._generation = Histogram("request_generation_tokens")
+        self._histograms = {name: Histogram(name) for name in _REQUEST_HISTOGRAMS}
 
     def attach(self, stats: Callable[[], EngineStats]) -> None:
         """Read a step loop's own counts at every scrape, from any thread. While a model is swapped there are two."""
-        self._sources.append(stats)
+        self._engine = self._engine._replace(sources=(*self._engine.sources, stats))
 
     def detach(self, stats: Callable[[], EngineStats]) -> None:
-        """The loop is about to close: keep what it counted."""
-        self._sources.remove(stats)
-        self._retired = [kept + new for kept, new in zip(self._retired, _counts(stats()), strict=True)]
+        """The loop has closed: keep what it counted."""
+        _, counters, steps = self._engine
+        last = stats()
+        # One assignment, so that a scrape in between sees no counter go back.
+        self._engine = _Engine(
+            tuple(source for source in self._engine.sources if source != stats),
+            {name: kept + getattr(last, _ENGINE_COUNTERS[name]) for name, kept in counters.items()},
+            steps.plus(last.step_s_counts, last.step_s_sum),
+        )
 
     def set_cache_info(self, *, block_size: int, num_blocks: int) -> None:
         """How large the KV cache is. On the CPU: the slot's capacity in tokens, and the number of slots."""
@@ -212,11 +261,11 @@ class ModelMetrics:
 
     def observe_ttft(self, seconds: float) -> None:
         """A sequence got its first token, so long after its request arrived."""
-        self._ttft.observe(seconds)
+        self._histograms["time_to_first_token_seconds"].observe(seconds)
 
     def observe_itl(self, seconds: float, num_tokens: int = 1) -> None:
         """A sequence got `num_tokens` more, each `seconds` after the one before."""
-        self._itl.observe(seconds, num_tokens)
+        self._histograms["inter_token_latency_seconds"].observe(seconds, num_tokens)
 
     def observe_request(
         self,
@@ -230,46 +279,39 @@ class ModelMetrics:
     ) -> None:
         """A sequence ended; called once for each.
 
-        Args:
-            finish_reason: a `core.FinishReason`; cancelled is shown as vLLM's ``abort``.
-            e2e_s: since the request's arrival.
-            ttft_s: as `observe_ttft` was told; ``None`` where there was no token.
-            queue_s: ``None`` where no step saw the sequence.
+        `finish_reason` is a `core.FinishReason`; ``cancelled`` is shown as vLLM's ``abort``. Times count from the
+        request's arrival: `ttft_s` is what `observe_ttft` was told, ``None`` without a token; `queue_s` is ``None``
+        where no step saw the sequence.
         """
         reason = "abort" if finish_reason == "cancelled" else str(finish_reason)
         self._finished[reason] = self._finished.get(reason, 0) + 1
-        self._e2e.observe(e2e_s)
-        self._prompt.observe(num_prompt_tokens)
-        self._generation.observe(num_completion_tokens)
+        self._histograms["e2e_request_latency_seconds"].observe(e2e_s)
+        self._histograms["request_prompt_tokens"].observe(num_prompt_tokens)
+        self._histograms["request_generation_tokens"].observe(num_completion_tokens)
         if queue_s is not None:
-            self._queue.observe(queue_s)
+            self._histograms["request_queue_time_seconds"].observe(queue_s)
         if ttft_s is not None and num_completion_tokens > 1:
-            self._tpot.observe((e2e_s - ttft_s) / (num_completion_tokens - 1))
+            mean_s = (e2e_s - ttft_s) / (num_completion_tokens - 1)
+            self._histograms["request_time_per_output_token_seconds"].observe(mean_s)
 
     def rows(self) -> Iterator[tuple[str, tuple[str, ...], "float | Histogram"]]:
         """Family, label values after the model's name, value."""
-        stats = [source() for source in list(self._sources)]
+        sources, counters, steps = self._engine
+        stats = [source() for source in sources]
         yield "num_requests_running", (), sum(each.num_running for each in stats)
         yield "num_requests_waiting", (), sum(each.num_waiting for each in stats)
         yield "kv_cache_usage_perc", (), max((each.kv_usage for each in stats), default=0.0)
         if self._cache_info is not None:
             yield "cache_config_info", tuple(map(str, self._cache_info)), 1.0
-        columns = zip(self._retired, *map(_counts, stats), strict=True)
-        prompt, generation, hits, preemptions = (sum(column) for column in columns)
-        yield "prompt_tokens", (), prompt
-        yield "generation_tokens", (), generation
-        yield "prefix_cache_queries", (), prompt
-        yield "prefix_cache_hits", (), hits
-        yield "num_preemptions", (), preemptions
+        for name, kept in counters.items():
+            yield name, (), kept + sum(getattr(each, _ENGINE_COUNTERS[name]) for each in stats)
+        for each in stats:
+            steps = steps.plus(each.step_s_counts, each.step_s_sum)
+        yield "step_duration_seconds", (), steps
         for reason, count in list(self._finished.items()):
             yield "request_success", (reason,), count
-        yield "time_to_first_token_seconds", (), self._ttft
-        yield "inter_token_latency_seconds", (), self._itl
-        yield "request_time_per_output_token_seconds", (), self._tpot
-        yield "e2e_request_latency_seconds", (), self._e2e
-        yield "request_queue_time_seconds", (), self._queue
-        yield "request_prompt_tokens", (), self._prompt
-        yield "request_generation_tokens", (), self._generation
+        for name, histogram in self._histograms.items():
+            yield name, (), histogram
 
 
 class Metrics(Collector):
@@ -305,11 +347,9 @@ class Metrics(Collector):
         self._num_in_flight += 1
 
     def finish_http(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Its answer is complete, or its client gone.
+        """Its answer is complete, or its client gone (499).
 
-        Args:
-            route: the route's template, never the path: every distinct value is kept for ever.
-            status: as sent; 499 where the client left before an answer.
+        `route` is the route's template, never the path: every distinct value is kept for ever.
         """
         method = method if method in _METHODS else "other"
         key = (method, route, str(status))
@@ -342,10 +382,6 @@ class Metrics(Collector):
         for family in FAMILIES:
             for prefix in family.prefixes:
                 yield _family(prefix, family, rows[family.name])
-
-
-def _counts(stats: EngineStats) -> tuple[int, int, int, int]:
-    return stats.prompt_tokens, stats.generated_tokens, stats.prefix_hit_tokens, stats.num_preemptions
 
 
 def _family(prefix: str, family: Family, rows: list[tuple[tuple[str, ...], float | Histogram]]) -> Metric:

@@ -62,7 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_keys_file: Path | None = None
     """File with one API key a line (`#` starts a comment), added to `api_keys`. Mode 0600 is recommended."""
     admin_keys: tuple[str, ...] = ()
-    """Keys that may also load and unload models and stop other callers' generations. No flag."""
+    """Keys that may also load and unload models. Where there are none, each API key may. No flag."""
     admin_keys_file: Path | None = None
     """As `api_keys_file`, for `admin_keys`."""
     allow_unauthenticated: bool = False

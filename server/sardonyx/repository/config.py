@@ -75,7 +75,7 @@ def parse_config(data: bytes, *, name: str, file: str = FILE_NAME) -> ModelConfi
 
     Raises:
         ConfigError: not a ModelConfig in text format, too large, another model's name, a platform or backend that we
-            do not have, a version policy that chooses nothing.
+            do not have, a file name that leads elsewhere, a version policy that chooses nothing.
 
     Source: Triton, docs/user_guide/model_configuration.md; core/src/model_config_utils.cc.
     """
@@ -89,6 +89,8 @@ def parse_config(data: bytes, *, name: str, file: str = FILE_NAME) -> ModelConfi
         raise ConfigError(f"is {config.platform!r}; this server has {PLATFORM!r}", file=file, field="platform")
     if config.backend not in {"", BACKEND}:
         raise ConfigError(f"is {config.backend!r}; this server has {BACKEND!r}", file=file, field="backend")
+    if Path(config.default_model_filename).name != config.default_model_filename:
+        raise ConfigError("is not a plain file name", file=file, field="default_model_filename")
     policy = config.version_policy
     kind = policy.WhichOneof("policy_choice")
     if kind == "latest" and policy.latest.num_versions < 1:
