@@ -117,7 +117,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """After SIGTERM: requests that still run after so long are ended."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe message that is logged."""
+    """Least severe message that is logged: `debug`, `info`, `warning` or `error`."""
     log_json: bool = False
     """One JSON object a line instead of text."""
 
@@ -352,7 +352,7 @@ def _check_value(name: str, value: Any, where: dict[str, str]) -> None:
 
 
 def _to_path(target: type, value: object) -> object:
-    if target is Path and isinstance(value, str):
+    if target is Path and isinstance(value, str | Path):
         return Path(value).expanduser()
     raise msgspec.ValidationError("expected a path")
 
