@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from sardonyx.core import FinishReason, Request, SequenceEvent, TokenLogprobs
-from sardonyx.errors import DeadlineExceeded, EngineDead, EngineError, Overloaded, ServeError
+from sardonyx.errors import DeadlineExceeded, EngineDead, EngineError, Overloaded, RequestAborted, ServeError
 from sardonyx.metrics import ModelMetrics
 from sardonyx.processing.tokenizer import Tokenizer
 from sardonyx.serving.admission import Reservation
@@ -164,6 +164,8 @@ class Generation:
         """
         if self._has_ended:
             return
+        if error is None and self._unscored:
+            error = RequestAborted("the request was stopped before its prompt was scored")
         self._error = error
         now_s = self._runtime.dispatch.clock()
         for request_id, sequence in list(self._unfinished.items()):
@@ -172,8 +174,6 @@ class Generation:
             if error is None:
                 self._offer(chunk)
             self._finish(request_id, sequence, FinishReason.CANCELLED if error is None else FinishReason.ERROR, now_s)
-        if error is None:
-            self._unscored.clear()
         self._end(now_s)
 
     def _take(self, request_id: str, event: SequenceEvent) -> None:
