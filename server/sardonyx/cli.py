@@ -66,25 +66,20 @@ def build_app() -> App:
     return app
 
 
-def check(
-    repository: Path = Path("model_repository"),
-    /,
-    *,
-    hashes: bool = True,
-    deep: bool = False,
-) -> int:
+def check(repository: Path | None = None, /, *, hashes: bool = True, deep: bool = False) -> int:
     """Say what is wrong in a model repository, file and field. Exits with 1 if anything is.
 
     Args:
-        repository: the folder.
+        repository: the folder; by default the one that `sardonyx serve` would serve.
         hashes: read every file and compare its sha256 with the manifest.
         deep: also load tokenizers and chat templates, and open every graph with ONNX Runtime.
     """
     from sardonyx.repository.check import Finding, check_repository
     from sardonyx.repository.layout import Repository
 
-    findings = check_repository(repository, hashes=hashes)
-    entries = Repository(repository).entries()
+    root = load_settings({"repository": repository}).repository
+    findings = check_repository(root, hashes=hashes)
+    entries = Repository(root).entries()
     if deep:
         broken = {finding.model for finding in findings}
         for entry in entries:
@@ -96,11 +91,11 @@ def check(
     return 1 if findings else 0
 
 
-def models(repository: Path = Path("model_repository"), /) -> None:
+def models(repository: Path | None = None, /) -> None:
     """List the models of a repository: versions, family, precision, size, and whether they can be served.
 
     Args:
-        repository: the folder.
+        repository: the folder; by default the one that `sardonyx serve` would serve.
     """
     from sardonyx.repository.index import index
     from sardonyx.repository.layout import Repository
@@ -115,7 +110,7 @@ def models(repository: Path = Path("model_repository"), /) -> None:
             f"{entry.size_bytes / 1e6:,.1f} MB" if entry.versions else "-",
             f"unavailable: {entry.reason}" if entry.reason else "ok",
         )
-        for entry in index(Repository(repository))
+        for entry in index(Repository(load_settings({"repository": repository}).repository))
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -139,7 +134,7 @@ def _serve_command() -> Any:
         with _needs("cpu"):
             from sardonyx.app import run
 
-        run(settings)
+            run(settings)
 
     command.__annotations__["flags"] = Annotated[flags_type, Parameter(name="*")]
     return command
@@ -158,8 +153,7 @@ def _external_command(entry_point: EntryPoint) -> Any:
 
     def command(*arguments: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]) -> Any:
         with _needs(entry_point.name):
-            target = entry_point.load()
-        return target(arguments)
+            return entry_point.load()(arguments)
 
     return command
 
@@ -189,7 +183,7 @@ def _deep_problems(entry: "ModelEntry") -> Iterator[ConfigError]:
 
 @contextmanager
 def _needs(extra: str) -> Iterator[None]:
-    """Around imports: a package that is not installed is told with the extra that brings it."""
+    """Around what may import: a package that is not installed is told with the extra that brings it."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -16,6 +16,7 @@ import sys
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -352,8 +353,9 @@ def _check_value(name: str, value: Any, where: dict[str, str]) -> None:
 
 
 def _to_path(target: type, value: object) -> object:
-    if target is Path and isinstance(value, str | Path):
-        return Path(value).expanduser()
+    if target is Path and isinstance(value, str | Path) and "\0" not in str(value):
+        with suppress(RuntimeError):  # ~nobody
+            return Path(value).expanduser()
     raise msgspec.ValidationError("expected a path")
 
 
