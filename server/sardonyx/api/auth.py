@@ -1,0 +1,113 @@
+"""Who may call what: API keys, checked against the matched route, never against the path.
+
+Floor 5. Default deny: `Gatekeeper.guard` stands before every route of the application; a route opts out with
+``opt=PUBLIC`` or asks for more with ``opt=ADMIN``.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+from litestar.connection import ASGIConnection
+from litestar.handlers import BaseRouteHandler
+
+from sardonyx.errors import PermissionDenied, Unauthenticated
+
+PUBLIC = {"access": "public"}
+"""For probes and Prometheus."""
+ADMIN = {"access": "admin"}
+"""Loads and unloads models, or shows what only an operator should see."""
+
+
+class Gatekeeper:
+    """Checks the key of every request, and on a server without keys where a request comes from.
+
+    Without any API key the server is open to whoever reaches it, which is the loopback interface unless the operator
+    said otherwise; then a page in the user's browser must not be able to use it, be it by a form or by DNS rebinding.
+    With admin keys only, the API is open and the admin routes are not. With API keys only, each of them is an admin's.
+
+    Args:
+        local_hosts: names under which the server may be called while it is open; empty: any.
+        origins: pages that may call it; ``*``: any.
+    """
+
+    def __init__(
+        self,
+        *,
+        api_keys: Iterable[str] = (),
+        admin_keys: Iterable[str] = (),
+        local_hosts: Iterable[str] = (),
+        origins: Iterable[str] = (),
+    ) -> None:
+        self._admin = [_digest(key.encode()) for key in admin_keys]
+        self._api = [_digest(key.encode()) for key in api_keys]
+        self._local_hosts = frozenset(local_hosts)
+        self._origins = frozenset(origins)
+
+    def guard(self, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+        """A Litestar guard.
+
+        Raises:
+            Unauthenticated: no key, or one that we do not know.
+            PermissionDenied: an API key on an admin route; a foreign page on an open server.
+        """
+        access = handler.opt.get("access")
+        if access == "public":
+            return
+        if not self._api:
+            self._refuse_foreign_pages(connection)
+        if access == "admin":
+            self.require_admin(connection)
+        elif self._api:
+            self._is_admin(connection)
+
+    def require_admin(self, connection: ASGIConnection[Any, Any, Any, Any]) -> None:
+        """For handlers where only some requests are an admin's.
+
+        Raises:
+            Unauthenticated: as `guard`.
+            PermissionDenied: a good key, but not an admin's.
+        """
+        if (self._api or self._admin) and not self._is_admin(connection):
+            raise PermissionDenied("this needs an admin key")
+
+    def _is_admin(self, connection: ASGIConnection[Any, Any, Any, Any]) -> bool:
+        """What the presented key is good for: it is good for something, or this raises `Unauthenticated`."""
+        presented = _presented_key(connection)
+        if not presented:
+            raise Unauthenticated("no API key came with the request: send Authorization: Bearer <key>")
+        digest = _digest(presented)
+        is_admin = _is_among(digest, self._admin)
+        if not (_is_among(digest, self._api) or is_admin):
+            raise Unauthenticated("the API key is not valid here")
+        return is_admin or not self._admin
+
+    def _refuse_foreign_pages(self, connection: ASGIConnection[Any, Any, Any, Any]) -> None:
+        host = connection.headers.get("host", "")
+        if self._local_hosts and urlsplit(f"//{host}").hostname not in self._local_hosts:
+            raise PermissionDenied(
+                "without API keys the server answers under its own address only, not to this Host header; "
+                "the operator may set keys, or allow_unauthenticated"
+            )
+        origin = connection.headers.get("origin")
+        if origin and origin.partition("://")[2] != host and not self._origins & {"*", origin}:
+            raise PermissionDenied("the page that sent this is not among cors_origins", code="origin_not_allowed")
+
+
+def _presented_key(connection: ASGIConnection[Any, Any, Any, Any]) -> bytes:
+    """From ``Authorization: Bearer``, ``X-Api-Key`` (Anthropic) or ``api-key`` (Azure); empty where there is none."""
+    scheme, _, key = connection.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        key = connection.headers.get("x-api-key") or connection.headers.get("api-key") or ""
+    return key.strip().encode("latin-1", "replace")
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _is_among(digest: bytes, known: list[bytes]) -> bool:
+    """Takes as long for a wrong key as for a right one, whichever it is."""
+    return sum([hmac.compare_digest(digest, one) for one in known]) > 0

@@ -1,0 +1,194 @@
+"""A generation as server-sent events.
+
+Floor 5. Every token of every stream passes here, so a frame is put together from bytes that were encoded once for the
+stream and the little that is new; Litestar's own classes would split, join and re-encode each one.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+from litestar import Response
+from litestar.response.base import ASGIResponse
+from litestar.types import Receive, Scope, Send
+
+from sardonyx.api.disconnect import while_connected
+from sardonyx.api.openai.errors import encode_error
+from sardonyx.api.openai.replies import usage_reply
+from sardonyx.errors import RequestAborted, ServeError
+from sardonyx.serving.generation import Generation
+from sardonyx.serving.options import TextChunk, Usage
+
+logger = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+PING_INTERVAL_S = 15.0
+"""Proxies cut a silent connection after 30 to 60 s; a long prompt in a full queue may take longer than that."""
+STALL_TIMEOUT_S = 30.0
+"""A client that takes nothing for so long, with its buffers full, is treated as gone."""
+
+encode = msgspec.json.Encoder().encode
+
+
+class Frames:
+    """What the frames of one stream have in common.
+
+    Args:
+        head: the chunk object's fields before ``choices``.
+        include_usage: every chunk but the last has ``"usage": null``, as OpenAI's.
+        usage: growing counts, to go into every chunk instead (vLLM's ``continuous_usage_stats``).
+    """
+
+    def __init__(self, head: dict[str, Any], *, include_usage: bool, usage: Usage | None) -> None:
+        self._head = b"data: " + encode(head)[:-1] + b',"choices":['
+        self._end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        self._usage = usage
+        self._text_heads: dict[int, bytes] = {}
+
+    def choice(self, choice: bytes) -> bytes:
+        """A frame with one choice, given as JSON."""
+        return b"".join((self._head, choice, self._end if self._usage is None else self._usage_end(self._usage)))
+
+    def text(self, index: int, before: bytes, text: str, after: bytes) -> bytes:
+        """`choice` for a choice that has only text, between JSON that is the same for all choices of the stream."""
+        head = self._text_heads.get(index)
+        if head is None:
+            head = self._text_heads[index] = self._head + b'{"index":%d' % index + before
+        end = self._end if self._usage is None else self._usage_end(self._usage)
+        return b"".join((head, encode(text), after, end))
+
+    def usage(self, usage: Usage) -> bytes:
+        """The frame without choices that closes a stream with ``include_usage``."""
+        return self._head + self._usage_end(usage)
+
+    def _usage_end(self, usage: Usage) -> bytes:
+        return b'],"usage":' + encode(usage_reply(usage)) + b"}\n\n"
+
+
+class OpenStream:
+    """A generation whose first chunk is there, or whose client has waited long enough to be told that it is coming."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
+        self._chunks = aiter(generation)
+        self._first: asyncio.Future[TextChunk] | None = None
+
+    async def wait(self, timeout_s: float = PING_INTERVAL_S) -> None:
+        """Wait for the first chunk at most so long: until the answer has begun, an error can still have its status.
+
+        Raises:
+            ServeError: the generation ended before it gave anything.
+        """
+        first = asyncio.ensure_future(anext(self._chunks))
+        try:
+            await asyncio.wait({first}, timeout=timeout_s)
+            if first.done():
+                first.result()
+        except BaseException:
+            first.cancel()
+            self.generation.abort()
+            raise
+        self._first = first
+
+    async def chunks(self) -> AsyncIterator[TextChunk]:
+        """The first chunk and all others."""
+        if self._first is not None:
+            yield await self._first
+        async for chunk in self._chunks:
+            yield chunk
+
+    def close(self) -> None:
+        """End the generation if it has not ended; synchronous."""
+        if self._first is not None and not self._first.done():
+            self._first.cancel()
+        self.generation.abort()
+
+
+class EventStream(Response[bytes]):
+    """The answer to a request with ``stream: true``. However it is left, its generation ends.
+
+    Args:
+        frame: bytes for a chunk, none where there is nothing to tell yet.
+        last: frames after the last chunk, before ``[DONE]``.
+    """
+
+    def __init__(
+        self, stream: OpenStream, *, frame: Callable[[TextChunk], bytes], last: Callable[[], bytes] = lambda: b""
+    ) -> None:
+        super().__init__(
+            b"",
+            status_code=200,
+            media_type="text/event-stream",
+            # X-Accel-Buffering: nginx would hold tokens back to fill its buffer.
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+        self._parts = (stream, frame, last)
+
+    def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIResponse:
+        """Litestar's conversion; what other layers would add (cookies, background tasks) we do not use."""
+        return _EventStreamResponse(*self._parts, headers=self.headers, media_type=self.media_type)
+
+
+class _EventStreamResponse(ASGIResponse):
+    _should_set_content_length = False
+
+    def __init__(
+        self, stream: OpenStream, frame: Callable[[TextChunk], bytes], last: Callable[[], bytes], **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self._stream = stream
+        self._frame = frame
+        self._last = last
+        self._touched_s = time.monotonic()
+        """When the last frame was handed over, or began to be."""
+        self._is_sending = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.start_response(send)
+            await while_connected(receive, self._send_frames(send), self._keep_alive(send))
+        except RequestAborted:
+            logger.debug("%s: the client left its stream", self._stream.generation.id)
+        finally:
+            self._stream.close()
+
+    async def _send_frames(self, send: Send) -> None:
+        frame = self._frame
+        try:
+            async for chunk in self._stream.chunks():
+                if data := frame(chunk):
+                    await self._send(send, data)
+            data = self._last()
+        except Exception as error:
+            # The status is long sent; a client that reads only text would take a cut stream for a complete answer.
+            if not isinstance(error, ServeError):
+                logger.exception("%s failed in its stream", self._stream.generation.id)
+            data = b"data: " + encode_error(error) + b"\n\n"
+        await self._send(send, data + DONE, more_body=False)
+
+    async def _send(self, send: Send, data: bytes, *, more_body: bool = True) -> None:
+        self._is_sending = True
+        self._touched_s = time.monotonic()
+        await send({"type": "http.response.body", "body": data, "more_body": more_body})
+        self._is_sending = False
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Send a comment where nothing else was sent for a while; return when the client has stopped reading."""
+        while True:
+            limit_s = STALL_TIMEOUT_S if self._is_sending else PING_INTERVAL_S
+            left_s = self._touched_s + limit_s - time.monotonic()
+            if left_s > 0:
+                await asyncio.sleep(left_s)
+            elif self._is_sending:
+                return
+            else:
+                self._touched_s = time.monotonic()
+                try:
+                    async with asyncio.timeout(STALL_TIMEOUT_S):
+                        await send({"type": "http.response.body", "body": PING, "more_body": True})
+                except TimeoutError:
+                    return

@@ -1,0 +1,98 @@
+"""The OpenAPI document: what Litestar gathers from the handlers, completed by msgspec's own schemas of the bodies.
+
+Floor 5. Litestar's schemas of structs leave constraints out; msgspec's say exactly what is checked.
+"""
+
+import ast
+import inspect
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+from litestar import Litestar, Request, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.openapi.config import OpenAPIConfig
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.openapi.spec import Components, SecurityScheme
+
+from sardonyx.api.body import JsonBody, json_body
+from sardonyx.api.openai.errors import DECLARED_STATUSES, ErrorBody
+
+_REFERENCE = "#/components/schemas/{name}"
+
+
+def answers(reply: type[Any]) -> dict[int, ResponseSpec]:
+    """``responses=`` of a handler: the reply, and the envelope for whatever may go wrong."""
+    refused = ResponseSpec(ErrorBody, generate_examples=False, description="Refused or failed; the envelope says why.")
+    success = ResponseSpec(reply, generate_examples=False, description="Success.")
+    return {200: success} | dict.fromkeys(DECLARED_STATUSES, refused)
+
+
+def json_post(path: str, body: type[msgspec.Struct], reply: type[Any], **options: Any) -> post:
+    """A POST handler that takes `body` as JSON and answers 200 with `reply`."""
+    return post(path, dto=json_body(body), return_dto=None, status_code=200, responses=answers(reply), **options)
+
+
+def openapi_config(version: str, *, needs_key: bool) -> OpenAPIConfig:
+    """For `Litestar(openapi_config=...)`: the document at ``/schema/openapi.json``."""
+    bearer = SecurityScheme(type="http", scheme="bearer")
+    return OpenAPIConfig(
+        title="Sardonyx",
+        version=version,
+        description="OpenAI's text API, and what vLLM, llama.cpp and text-generation-webui add to it.",
+        use_handler_docstrings=True,
+        components=Components(security_schemes={"bearer": bearer} if needs_key else None),
+        security=[{"bearer": []}] if needs_key else None,
+        render_plugins=[_Document(path="/openapi.json", media_type="application/json")],  # type: ignore[arg-type]  # any string works, and clients know this one
+    )
+
+
+class _Document(JsonRenderPlugin):
+    """Puts msgspec's schemas where `JsonBody` only left references."""
+
+    def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
+        schemas = openapi_schema["components"]["schemas"]
+        schemas |= body_schemas(_bodies(request.app))
+        for path in openapi_schema["paths"].values():
+            for operation in path.values():
+                _declare_stream(operation, schemas)
+        return msgspec.json.encode(openapi_schema)
+
+
+def body_schemas(bodies: Iterable[type[msgspec.Struct]]) -> dict[str, Any]:
+    """JSON Schemas by name of structs and all that they hold; the text under a field is its description."""
+    structs = list(bodies)
+    _, components = msgspec.json.schema_components(structs, ref_template=_REFERENCE)
+    for struct in structs:
+        for name, text in _field_texts(struct).items():
+            components[struct.__name__]["properties"].get(name, {}).setdefault("description", text)
+    return components
+
+
+def _bodies(app: Litestar) -> list[type[msgspec.Struct]]:
+    handlers = (handler for route in app.routes for handler in getattr(route, "route_handlers", ()))
+    transfers = (handler.resolve_data_dto() for handler in handlers if isinstance(handler, HTTPRouteHandler))
+    return [dto.model_type for dto in transfers if dto is not None and issubclass(dto, JsonBody)]
+
+
+def _declare_stream(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+    """Where a body may ask for a stream, the answer may be one."""
+    reference = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+    body = schemas.get(reference.get("$ref", "").rpartition("/")[2], {})
+    if "stream" in body.get("properties", {}):
+        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+
+
+def _field_texts(struct: type[msgspec.Struct]) -> dict[str, str]:
+    texts = {}
+    for kind in reversed(struct.__mro__):
+        if not issubclass(kind, msgspec.Struct) or kind is msgspec.Struct:
+            continue
+        body = ast.parse(inspect.getsource(kind)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, text in pairwise(body.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                texts[field.target.id] = str(ast.literal_eval(text.value))
+    return texts
