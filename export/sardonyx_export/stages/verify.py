@@ -1,0 +1,154 @@
+"""The exported graph, run as the server will run it, against what the source's weights say.
+
+The prompts are fixed. They are prefilled in two chunks that share steps with other prompts' chunks, so gathers, cache
+and positions are tried together with the weights.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from sardonyx.core import RunnerLimits
+from sardonyx.repository.manifest import LanguageModel, Parity
+from sardonyx.runners.decoder import DecoderRunner, ForwardRow
+from sardonyx.runtime.session import open_session
+from sardonyx_export.errors import ExportError
+from sardonyx_export.plan import Precision
+
+Array = npt.NDArray[np.float32]
+
+REFERENCE = "numpy forward pass in float32 over the source's weights"
+MAX_PROMPT_TOKENS = 64
+
+_TEXTS = (
+    "The capital of France is Paris, and the capital of Italy is Rome. Both cities are visited by millions of people "
+    "every year, who come to see their museums, churches and squares.",
+    "def mean(values: list[float]) -> float:\n    if not values:\n        raise ValueError('no values')\n"
+    "    return sum(values) / len(values)\n",
+    "Im Jahr 1879 wurde in Ulm ein Kind geboren, das die Physik veränderte. 1905 erschienen vier seiner Arbeiten.",
+    "Question: what is 17 + 25?\nAnswer:",
+)
+
+
+class Tolerance(msgspec.Struct, frozen=True, kw_only=True):
+    """What an export may differ by."""
+
+    max_relative_error: float
+    """Largest logit difference, as a share of the largest reference logit."""
+    mean_kl: float
+    """Nats."""
+    top1_agreement: float
+
+    def allows(self, parity: Parity, largest_logit: float) -> bool:
+        """False as well where anything is NaN."""
+        return (
+            parity.max_abs_error <= self.max_relative_error * largest_logit
+            and parity.mean_kl <= self.mean_kl
+            and parity.top1_agreement >= self.top1_agreement
+        )
+
+    def __str__(self) -> str:
+        error = (
+            ""
+            if np.isinf(self.max_relative_error)
+            else f"max_abs_error <= {self.max_relative_error:g} * largest logit, "
+        )
+        return f"{error}mean_kl <= {self.mean_kl:g}, top1_agreement >= {self.top1_agreement:g}"
+
+
+TOLERANCES: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(max_relative_error=1e-3, mean_kl=1e-4, top1_agreement=0.99),
+    "int8": Tolerance(max_relative_error=np.inf, mean_kl=0.02, top1_agreement=0.9),
+    "int4": Tolerance(max_relative_error=np.inf, mean_kl=0.15, top1_agreement=0.75),
+}
+
+
+def make_prompts(tokenizer: tokenizers.Tokenizer, *, vocab_size: int, max_model_len: int) -> list[list[int]]:
+    """The fixed prompts as token ids, each at most `MAX_PROMPT_TOKENS` long.
+
+    Raises:
+        ExportError: the tokenizer gives ids that the model has no embedding for.
+    """
+    limit = min(MAX_PROMPT_TOKENS, max_model_len)
+    prompts = [ids[:limit] for text in _TEXTS if (ids := tokenizer.encode(text).ids)]
+    if not prompts:
+        raise ExportError("turns text into no tokens", file="tokenizer.json")
+    highest = max(max(prompt) for prompt in prompts)
+    if highest >= vocab_size:
+        raise ExportError(f"gives token {highest:,}; the model has {vocab_size:,}", file="tokenizer.json")
+    return prompts
+
+
+def run_graph(path: Path, model: LanguageModel, prompts: Sequence[Sequence[int]]) -> list[Array]:
+    """Logits after every token, from the graph in the server's own session and runner.
+
+    Raises:
+        ConfigError: the graph cannot be opened.
+        EngineError: a step failed.
+    """
+    longest = max(map(len, prompts))
+    limits = RunnerLimits(
+        num_slots=len(prompts), max_model_len=longest, max_chunk_tokens=longest, vocab_size=model.vocab_size
+    )
+    runner = DecoderRunner(open_session(path, model_name=path.parent.name), model, limits)
+    try:
+        outputs: list[list[Array]] = [[] for _ in prompts]
+        # Different cuts, so that no step holds equal chunks.
+        cuts = [len(prompt) * (slot + 1) // (len(prompts) + 1) for slot, prompt in enumerate(prompts)]
+        for first_half in (True, False):
+            rows = [
+                ForwardRow(slot, list(prompt[:cut] if first_half else prompt[cut:]), 0 if first_half else cut)
+                for slot, (prompt, cut) in enumerate(zip(prompts, cuts, strict=True))
+            ]
+            rows = [row for row in rows if row.token_ids]
+            if rows:
+                lengths = [len(row.token_ids) for row in rows]
+                logits = runner.forward(rows, np.arange(sum(lengths), dtype=np.int64))
+                for row, part in zip(rows, np.split(logits, np.cumsum(lengths)[:-1]), strict=True):
+                    outputs[row.slot].append(np.array(part))
+        return [np.concatenate(parts) for parts in outputs]
+    finally:
+        runner.close()
+
+
+def compare(reference: Sequence[Array], measured: Sequence[Array], precision: Precision) -> Parity:
+    """How far the export is from its source.
+
+    Raises:
+        ExportError: farther than the precision's tolerance.
+    """
+    max_abs_error = divergence = 0.0
+    num_positions = num_agreeing = 0
+    for expected, actual in zip(reference, measured, strict=True):
+        max_abs_error = max(max_abs_error, float(np.abs(expected - actual).max()))
+        expected_log, actual_log = _log_softmax(expected), _log_softmax(actual)
+        divergence += float((np.exp(expected_log) * (expected_log - actual_log)).sum())
+        num_positions += len(expected)
+        num_agreeing += int((expected.argmax(axis=1) == actual.argmax(axis=1)).sum())
+    tolerance = TOLERANCES[precision]
+    parity = Parity(
+        reference=f"{REFERENCE}, {len(reference)} prompts",
+        max_abs_error=max_abs_error,
+        mean_kl=max(divergence / num_positions, 0.0),
+        top1_agreement=num_agreeing / num_positions,
+        num_positions=num_positions,
+        tolerance=str(tolerance),
+    )
+    largest = max(float(np.abs(expected).max()) for expected in reference)
+    if not tolerance.allows(parity, largest):
+        raise ExportError(
+            f"the exported graph is not what the source's weights say: max_abs_error {parity.max_abs_error:.3g} "
+            f"(largest logit {largest:.3g}), mean_kl {parity.mean_kl:.3g}, top1_agreement {parity.top1_agreement:.3f}; "
+            f"{precision} has to keep {tolerance}. Nothing was published"
+        )
+    return parity
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
