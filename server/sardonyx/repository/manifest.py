@@ -52,7 +52,9 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Where the weights came from."""
 
     uri: str
-    """As given to ``sardonyx export``; local folders by their name only."""
+    """As given to ``sardonyx export``; local folders and files by their name only."""
+    revision: str | None = None
+    """The hub's commit, for ``hf:`` sources: what a branch's name meant at the time."""
     architecture: str
     """The checkpoint's own word: ``LlamaForCausalLM``."""
     licence: str | None = None

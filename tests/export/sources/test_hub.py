@@ -18,7 +18,7 @@ from sardonyx_export.errors import ExportError
 from sardonyx_export.sources.resolve import open_source, parse_source
 try:
     opened = open_source(parse_source(sys.argv[1]), sha256=None, progress=lambda *_: None)
-    print(opened.name, opened.checkpoint.uri, opened.checkpoint.licence, len(list(opened.checkpoint.names())))
+    print(opened.name, opened.checkpoint.uri, opened.revision, opened.checkpoint.licence, len(list(opened.checkpoint.names())))
 except ExportError as error:
     print("refused:", error)
 """
@@ -49,7 +49,7 @@ def test_a_cached_model_is_opened_offline_and_nothing_else_is_written(tmp_path: 
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     before = sorted(path for path in home.rglob("*") if ".locks" not in path.parts)
-    assert _open("hf:org/Tiny-Llama", home, cwd) == f"tiny-llama hf:org/Tiny-Llama@{_COMMIT} mit 20\n"
+    assert _open("hf:org/Tiny-Llama", home, cwd) == f"tiny-llama hf:org/Tiny-Llama {_COMMIT} mit 20\n"
     assert list(cwd.iterdir()) == []
     assert sorted(path for path in home.rglob("*") if ".locks" not in path.parts) == before
 
