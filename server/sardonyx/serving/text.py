@@ -5,7 +5,6 @@ Floor 4, transport-neutral. Used from one event loop.
 
 import asyncio
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -325,7 +324,9 @@ class TextModel:
         self._calls[request_id] = None
         self._is_idle.clear()
         try:
-            timeout_s = min(options.timeout_s or math.inf, self._limits.request_timeout_s)
+            timeout_s = self._limits.request_timeout_s
+            if options.timeout_s is not None:
+                timeout_s = min(options.timeout_s, timeout_s)
             prompts = await self._encode(encode, timeout_s)
             reservation.correct(count * sum(len(prompt.token_ids) for prompt in prompts))
             if self._is_closed:
