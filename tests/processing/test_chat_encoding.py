@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
@@ -56,6 +56,7 @@ def test_no_content_changes_which_special_tokens_there_are(
 
 
 @given(texts=st.lists(contents, min_size=2, max_size=4))
+@example(texts=["<|", "im_end ", " |>"])
 def test_no_token_forms_across_the_parts_of_a_content(texts: list[str], tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers["byte_level"]
     parts = [{"type": "text", "text": text} for text in texts]
@@ -63,12 +64,12 @@ def test_no_token_forms_across_the_parts_of_a_content(texts: list[str], tokenize
     assert special_of(tokenizer, ids) == []
 
 
-def test_tools_names_and_variables_are_marked_as_contents_are(tokenizers: dict[str, Tokenizer]) -> None:
+def test_tools_names_keys_and_variables_are_marked_as_contents_are(tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers["byte_level"]
     bad = "<|im_end|>"
-    call = {"id": "1", "type": "function", "function": {"name": bad, "arguments": f'{{"a": "{bad}"}}'}}
+    call = {"id": "1", "type": "function", "function": {"name": bad, "arguments": f'{{"a": "{bad}", "{bad}": 1}}'}}
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
-    tools = [{"type": "function", "function": {"name": "f", "description": bad}}]
+    tools = [{"type": "function", "function": {"name": "f", "description": bad, "parameters": {bad: {}}}}]
     ids = encode_chat(tokenizer, HERMES, messages, tools=tools)
     assert len(special_of(tokenizer, ids)) == 7
     training = load("training")

@@ -153,7 +153,7 @@ def test_refusal_of_the_template_is_told_in_its_words() -> None:
 def test_template_that_fails_says_nothing_about_its_insides(source: str) -> None:
     with pytest.raises(InvalidRequest) as error:
         ChatTemplate(source).render([USER])
-    assert error.value.message == "The model's chat template cannot write these messages."
+    assert error.value.message == "messages: this model's chat template cannot write them"
 
 
 def test_wrong_template_is_named_with_its_line() -> None:
@@ -244,7 +244,7 @@ def test_what_is_over_a_limit_is_refused() -> None:
 
 def test_rendered_text_over_its_limit_is_refused_before_it_is_whole() -> None:
     source = "{% for i in range(99999) %}{% for j in range(99999) %}{{ messages[0].content }}{% endfor %}{% endfor %}"
-    with pytest.raises(InvalidRequest, match="longer than 1,000 characters"):
+    with pytest.raises(InvalidRequest, match="more than 1,000 characters"):
         ChatTemplate(source, limits=ChatLimits(max_chars=1_000)).render([USER])
 
 

@@ -6,6 +6,7 @@ speak as the system or the assistant, and reach tokens (image placeholders, say)
 
 import itertools
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,15 +63,17 @@ class _Marker:
         self.is_used = False
 
     def mark(self, texts: list[str]) -> list[str]:
-        """Also keeps a token from forming where one text ends and the next begins, trimmed or not."""
+        """Also keeps tokens from forming where the texts meet, trimmed or not."""
         marked = [self._mark(text) for text in texts]
-        for n, (text, following) in enumerate(itertools.pairwise(texts)):
-            left, right = text.rstrip(), following.lstrip()
-            apart = len(self._tokenizer.find_special(left)) + len(self._tokenizer.find_special(right))
-            if len(self._tokenizer.find_special(left + right)) != apart:
-                self.is_used = True
-                marked[n] += _END
+        if len(texts) > 1 and any(map(self._joins, (texts, [text.strip() for text in texts]))):
+            self.is_used = True
+            return [text + _END for text in marked]
         return marked
+
+    def _joins(self, texts: list[str]) -> bool:
+        spans = self._tokenizer.find_special("".join(texts))
+        borders = list(itertools.accumulate(map(len, texts)))
+        return any(bisect_right(borders, start) != bisect_left(borders, end) for start, end in spans)
 
     def _mark(self, text: str) -> str:
         pieces: list[str] = []

@@ -72,11 +72,11 @@ def prepare(
         UnsupportedFeature: a content part that is not text.
     """
     if not messages:
-        raise InvalidRequest("At least one message is needed.", param="messages")
+        raise InvalidRequest("messages: at least one is needed", param="messages")
     if len(messages) > limits.max_messages:
-        raise InvalidRequest(f"{len(messages):,} messages; at most {limits.max_messages:,}.", param="messages")
+        raise InvalidRequest(f"messages: {len(messages):,} of them; at most {limits.max_messages:,}", param="messages")
     if tools is not None and len(tools) > limits.max_tools:
-        raise InvalidRequest(f"{len(tools):,} tools; at most {limits.max_tools:,}.", param="tools")
+        raise InvalidRequest(f"tools: {len(tools):,} of them; at most {limits.max_tools:,}", param="tools")
     copy = _Copier(limits)
     return ChatInput(
         messages=[_message(copy, message, traits, f"messages.{n}") for n, message in enumerate(messages)],
@@ -86,7 +86,7 @@ def prepare(
 
 
 def mark(chat: ChatInput, marks: Marks) -> ChatInput:
-    """The same with every string value, but not keys, rewritten; the text parts of one content in one call."""
+    """The same with every string rewritten, keys too; the text parts of one content in one call."""
     return ChatInput(
         messages=[_marked(message, marks) for message in chat.messages],
         tools=None if chat.tools is None else _marked(chat.tools, marks),
@@ -108,30 +108,30 @@ class _Copier:
         if value is None or isinstance(value, bool | int | float):
             return value
         if depth >= self._limits.max_depth:
-            raise InvalidRequest(f"Nested more than {self._limits.max_depth} deep.", param=param)
+            raise InvalidRequest(f"{param}: nested more than {self._limits.max_depth} deep", param=param)
         if isinstance(value, Mapping):
             for key in value:
                 if not isinstance(key, str):
-                    raise InvalidRequest("A key is not a string.", param=param)
+                    raise InvalidRequest(f"{param}: a key is not a string", param=param)
                 self._count(key, param)
             return {key: self(item, param, depth + 1) for key, item in value.items()}
         if isinstance(value, list | tuple):
             self._count(value, param)  # an empty list costs a template a turn, too
             return [self(item, param, depth + 1) for item in value]
-        raise InvalidRequest("Not a JSON value.", param=param)
+        raise InvalidRequest(f"{param}: not a JSON value", param=param)
 
     def _count(self, value: Sequence[Any], param: str) -> None:
         self._num_chars += len(value)
         if self._num_chars > self._limits.max_chars:
             raise InvalidRequest(
-                f"The messages hold more than {self._limits.max_chars:,} characters, more than this model can take.",
+                f"{param}: more than {self._limits.max_chars:,} characters in all, which is more than this model takes",
                 param=param,
             )
 
 
 def _object(copy: _Copier, value: Any, param: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise InvalidRequest("Not an object.", param=param)
+        raise InvalidRequest(f"{param}: not an object", param=param)
     copied: dict[str, Any] = copy(value, param)
     return copied
 
@@ -146,7 +146,7 @@ def _message(copy: _Copier, message: Any, traits: TemplateTraits, param: str) ->
     elif isinstance(content, str):
         copied["content"] = content if traits.reads_strings else [_text_part(content)]
     elif content is not None:
-        raise InvalidRequest("Neither a string nor a list of parts.", param=f"{param}.content")
+        raise InvalidRequest(f"{param}.content: neither a string nor a list of parts", param=f"{param}.content")
     elif not traits.reads_tool_calls:
         copied["content"] = ""  # a template that knows no tool calls takes it for granted
     for n, call in enumerate(_calls(copied, f"{param}.tool_calls")):
@@ -160,7 +160,7 @@ def _message(copy: _Copier, message: Any, traits: TemplateTraits, param: str) ->
 def _role(role: Any, traits: TemplateTraits, param: str) -> str:
     # Phi-3's template writes '<|' + role + '|>': a free role could spell any special token.
     if not isinstance(role, str) or not (role in _ROLES or role in traits.literals):
-        raise InvalidRequest("No role that this model's chat template knows.", param=param)
+        raise InvalidRequest(f"{param}: no role that this model's chat template knows", param=param)
     return "system" if role == "developer" and role not in traits.literals else role
 
 
@@ -168,13 +168,13 @@ def _part_text(part: Any, param: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
-        raise InvalidRequest("Not a content part.", param=param)
+        raise InvalidRequest(f"{param}: not a content part", param=param)
     kind = part.get("type", "text")
     if kind not in {"text", "refusal"}:
-        raise UnsupportedFeature("This model takes text only.", param=f"{param}.type")
+        raise UnsupportedFeature(f"{param}.type: this model takes text only", param=f"{param}.type")
     text = part.get(kind)
     if not isinstance(text, str):
-        raise InvalidRequest("Not a string.", param=f"{param}.{kind}")
+        raise InvalidRequest(f"{param}.{kind}: not a string", param=f"{param}.{kind}")
     return text
 
 
@@ -185,20 +185,20 @@ def _text_part(text: str) -> dict[str, Any]:
 def _calls(message: dict[str, Any], param: str) -> Iterator[dict[str, Any]]:
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise InvalidRequest("Not a list of objects.", param=param)
+        raise InvalidRequest(f"{param}: not a list of objects", param=param)
     yield from calls
 
 
 def _parse_arguments(copy: _Copier, call: dict[str, Any], param: str) -> None:
     function = call.get("function", call)
     if not isinstance(function, dict):
-        raise InvalidRequest("Not an object.", param=param)
+        raise InvalidRequest(f"{param}: not an object", param=param)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             parsed = msgspec.json.decode(arguments) if arguments.strip() else {}
         except (msgspec.DecodeError, RecursionError):
-            raise InvalidRequest("Not JSON.", param=f"{param}.arguments") from None
+            raise InvalidRequest(f"{param}.arguments: not JSON", param=f"{param}.arguments") from None
         function["arguments"] = copy(parsed, f"{param}.arguments")
 
 
@@ -206,7 +206,8 @@ def _marked(value: Any, marks: Marks) -> Any:
     if isinstance(value, str):
         return marks([value])[0]
     if isinstance(value, dict):
-        return {key: _marked(item, marks) for key, item in value.items()}
+        # Templates look up keys without special tokens, which stay as they are; others are written by tojson only.
+        return {marks([key])[0]: _marked(item, marks) for key, item in value.items()}
     if not isinstance(value, list):
         return value
     if value and all(isinstance(item, dict) and item.keys() == {"type", "text"} for item in value):

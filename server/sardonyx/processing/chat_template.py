@@ -106,7 +106,9 @@ class ChatTemplate:
         wanted = variables or {}
         for name in wanted:
             if name in _GIVEN or name in self._special_tokens or name in self._template.environment.globals:
-                raise InvalidRequest(f"{name!r} is not a variable to set.", param="chat_template_kwargs")
+                raise InvalidRequest(
+                    f"chat_template_kwargs: {name!r} is not a variable to set", param="chat_template_kwargs"
+                )
         read = {name: value for name, value in wanted.items() if name in self.variables}
         chat = prepare(messages, tools, read, self.traits, self._limits)
         if marks is not None:
@@ -137,10 +139,10 @@ class ChatTemplate:
             raise InvalidRequest(str(refusal)[:_MAX_REFUSAL_CHARS], param="messages") from None
         except Exception as error:  # a template is a program: it can raise whatever Python can
             _log.debug("the chat template failed with %s", type(error).__name__)
-            raise InvalidRequest("The model's chat template cannot write these messages.", param="messages") from None
+            raise InvalidRequest("messages: this model's chat template cannot write them", param="messages") from None
         if num_chars > self._limits.max_chars:
             raise InvalidRequest(
-                f"The prompt is longer than {self._limits.max_chars:,} characters, more than this model can take.",
+                f"messages: a prompt of more than {self._limits.max_chars:,} characters, more than this model takes",
                 param="messages",
             )
         return "".join(pieces)
@@ -249,14 +251,14 @@ def _tag_final_message(message: dict[str, Any]) -> str:
         text: str = content[-1]["text"]
         content[-1]["text"] = text + _TAG
         return text
-    raise InvalidRequest("The final message has no text to continue.", param="messages")
+    raise InvalidRequest("messages: the final one has no text to continue", param="messages")
 
 
 def _cut_at_tag(text: str, final: str) -> str:
     at = text.rfind(_TAG.strip())
     if at < 0 or final.strip() not in text:
         raise InvalidRequest(
-            "The model's chat template does not write the final message as it is, so it cannot be continued.",
+            "messages: this model's chat template does not write the final one as it is, so it cannot be continued",
             param="messages",
         )
     return text[:at] if text.startswith(_TAG, at) else text[:at].rstrip()

@@ -33,7 +33,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         if "" in stops:
-            raise InvalidRequest("A stop string must not be empty.", param="stop")
+            raise InvalidRequest("stop: must not be empty", param="stop")
         self._include = include
         self._moves: list[dict[str, int]] = [{}]
         """By state: the next one for each character that goes on. State 0 is the empty text."""
