@@ -68,7 +68,9 @@ def sentencepiece_vocabulary() -> tuple[list[str], list[int], list[float]]:
     return tokens, types, scores
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, kind: str = "gpt2", *, pre: str = "smollm") -> int:
+def add_vocabulary(
+    writer: gguf.GGUFWriter, kind: str = "gpt2", *, pre: str = "smollm", add_bos: bool | None = False
+) -> int:
     """Write a tokenizer's metadata; returns the number of tokens."""
     writer.add_tokenizer_model(kind)
     if kind == "gpt2":
@@ -78,7 +80,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, kind: str = "gpt2", *, pre: str = "s
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_pad_token_id(2)
-        writer.add_add_bos_token(False)
+        if add_bos is not None:
+            writer.add_add_bos_token(add_bos)
         writer.add_chat_template(CHAT_TEMPLATE)
     else:
         tokens, types, scores = sentencepiece_vocabulary()
@@ -101,6 +104,7 @@ def write_gguf(
     quantised: Mapping[str, gguf.GGMLQuantizationType] | None = None,
     vocabulary: str = "gpt2",
     pre: str = "smollm",
+    add_bos: bool | None = False,
 ) -> Path:
     """Write a GGUF file.
 
@@ -112,9 +116,10 @@ def write_gguf(
         quantised: block types by tensor name, where not F32.
         vocabulary: ``gpt2`` or ``llama``.
         pre: llama.cpp's name of the splitting rule.
+        add_bos: ``tokenizer.ggml.add_bos_token`` of a ``gpt2`` vocabulary; ``None`` leaves it out.
     """
     writer = gguf.GGUFWriter(path, architecture)
-    num_tokens = add_vocabulary(writer, vocabulary, pre=pre)
+    num_tokens = add_vocabulary(writer, vocabulary, pre=pre, add_bos=add_bos)
     for key, value in (metadata or {}).items():
         full = key[1:] if key.startswith("/") else f"{architecture}.{key}"
         if isinstance(value, str):

@@ -56,7 +56,6 @@ def build_config(header: GgufHeader, rope_factors: Mapping[str, list[float]], *,
         "num_attention_heads": num_heads,
         "num_key_value_heads": params.integer("attention.head_count_kv", num_heads),
         "head_dim": params.head_dim,
-        "hidden_act": "silu",
         "max_position_embeddings": params.integer("context_length"),
         "rms_norm_eps": params.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": HEAD not in header.tensors,
@@ -70,7 +69,9 @@ def build_config(header: GgufHeader, rope_factors: Mapping[str, list[float]], *,
     scaling = _rope_scaling(params, rope_factors, file=file)
     if scaling is not None:
         config["rope_scaling"] = scaling
-    config.update(architecture.own_config(params))
+    config |= {"hidden_act": "silu"} | architecture.own_config(params)
+    if "hidden_activation" in config:  # Gemma's word for it
+        del config["hidden_act"]
     for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         config[key] = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
     return config

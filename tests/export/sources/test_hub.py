@@ -18,7 +18,8 @@ from sardonyx_export.errors import ExportError
 from sardonyx_export.sources.resolve import open_source, parse_source
 try:
     opened = open_source(parse_source(sys.argv[1]), sha256=None, progress=lambda *_: None)
-    print(opened.name, opened.checkpoint.uri, opened.revision, opened.checkpoint.licence, len(list(opened.checkpoint.names())))
+    checkpoint = opened.checkpoint
+    print(opened.name, checkpoint.uri, opened.revision, checkpoint.licence, len(list(checkpoint.names())))
 except ExportError as error:
     print("refused:", error)
 """

