@@ -1,0 +1,41 @@
+from sardonyx.repository.index import IndexEntry, index
+
+
+def test_models_are_described_by_their_newest_served_version(repository, publish):
+    publish("tiny")
+    folder = publish("tiny")
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert index(repository) == [
+        IndexEntry(
+            name="tiny",
+            versions=[2],
+            family="llm",
+            precision="int4",
+            size_bytes=size,
+            created="2026-11-23T00:00:00Z",
+        )
+    ]
+
+
+def test_broken_models_are_listed_with_their_reason(repository, publish):
+    (publish("a") / "model.onnx").unlink()
+    (publish("b") / "manifest.json").write_text("{}")
+    publish("c", 'name: "c"')
+    (repository.root / "c/config.pbtxt").write_text("?")
+    publish("d").rename(repository.root / "d/01")
+    (repository.root / "d/config.pbtxt").write_text("")
+    a, b, c, d = index(repository)
+    assert (a.family, a.precision) == ("llm", "int4")
+    assert a.reason.endswith("model.onnx: is missing although the manifest lists it")
+    assert (b.family, b.versions) == ("", [1])
+    assert "manifest.json" in b.reason
+    assert (c.versions, c.size_bytes) == ([], 0)
+    assert "config.pbtxt:1" in c.reason
+    assert d.reason == "has no version to serve"
+
+
+def test_plain_model_is_of_the_family_tensors(repository, publish):
+    folder = publish("plain")
+    (folder / "manifest.json").unlink()
+    (entry,) = index(repository)
+    assert (entry.family, entry.precision, entry.reason) == ("tensors", "", "")
