@@ -1,0 +1,237 @@
+"""Sessions: how this process opens and runs ONNX graphs.
+
+Floor 2, and with its neighbours in this package the only importer of ONNX Runtime. What crosses the border are numpy
+arrays, our error tree and the standard logger: ONNX Runtime's own texts hold paths and node names, so they go to the
+log ``sardonyx.onnxruntime`` and never into a message.
+"""
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnxruntime as ort
+
+from sardonyx.errors import ConfigError, EngineError
+from sardonyx.runtime.dtypes import Datatype, from_ort_name
+from sardonyx.runtime.external_data import check_external_data
+from sardonyx.runtime.providers import ExecutionProvider, execution_provider
+
+_ort_logger = logging.getLogger("sardonyx.onnxruntime")
+_LOG_LEVELS = (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL)
+
+BOUNDED_SPIN_US = 20
+"""How long an idle pool thread looks for work before it sleeps, unless spinning was asked for.
+
+Steps a second of a 135M decoder, int4, P = 100, 2 threads on 2 cores, runs back to back, best of three seconds:
+
+    spin                          never   20 us   ORT's default   global pool
+    1 row                            93     130             131           135
+    8 rows                           38      46              45            46
+    two models, 8 rows each          48      44              36            41
+    8 rows, a core taken away        25      22              16            15
+
+ORT's default spins on for 25 ms, and while it spins it keeps cores from whoever they wait for. Never spinning puts
+two context switches under each of some 150 operators. 20 us has nearly the best of each. The process-global pool
+(``set_global_thread_pool_sizes``) would bound the threads of several models at work together, but in ORT 1.32 its
+spinning can be neither bounded nor stopped from Python: session options do not reach it (measured: 28 ms of CPU
+after each run, with every one of them). So each session has a pool of its own; sleeping threads cost nothing.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Threads:
+    num_threads: int
+    allow_spinning: bool
+
+
+_threads = _Threads(num_threads=1, allow_spinning=False)
+
+
+def configure_threads(num_threads: int, *, allow_spinning: bool) -> None:
+    """Set the thread pool of every session that is opened from now on. Process-wide; call it before the first session.
+
+    Args:
+        num_threads: that work on one operator, the calling thread among them. At least 1. Until this is called it is 1.
+        allow_spinning: let idle pool threads spin as long as ONNX Runtime likes, for a machine that serves one model
+            and nothing else. See `BOUNDED_SPIN_US`.
+    """
+    global _threads
+    _threads = _Threads(num_threads, allow_spinning)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An input or output of a graph."""
+
+    name: str
+    datatype: Datatype
+    shape: tuple[int | str | None, ...]
+    """A number, or a symbol or ``None`` where any size goes."""
+
+
+class Binding:
+    """Inputs and outputs of a session bound by pointer, ready to run again and again.
+
+    It keeps no reference to what is bound: the arrays must outlive it, and stay where they are.
+    """
+
+    def __init__(self, session: "Session", binding: Any) -> None:
+        self._session = session
+        self._binding = binding  # onnxruntime.IOBinding, which has no types
+
+    def bind_input(self, name: str, array: npt.NDArray[Any]) -> None:
+        """Read `name` from a C-contiguous host array at each run."""
+        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def bind_output(self, name: str, array: npt.NDArray[Any]) -> None:
+        """Write `name` into a C-contiguous host array at each run. It must have the shape that the graph gives it."""
+        self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def run(self) -> None:
+        """Run the graph. Other Python threads go on meanwhile.
+
+        Raises:
+            EngineError: the session failed.
+        """
+        self._session.run_binding(self._binding)
+
+
+class Session:
+    """An open graph. Open one with `open_session`. `run` and `Binding.run` may be called by several threads."""
+
+    def __init__(self, session: ort.InferenceSession, model_name: str, provider: ExecutionProvider) -> None:
+        self._session: ort.InferenceSession | None = session
+        self.model_name = model_name
+        self.provider = provider.name
+        self.inputs = {spec.name: spec for spec in map(_tensor_spec, session.get_inputs())}
+        self.outputs = {spec.name: spec for spec in map(_tensor_spec, session.get_outputs())}
+
+    def run(
+        self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] | None = None
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Run the graph once on host arrays.
+
+        Args:
+            inputs: every input by name.
+            outputs: wanted ones; ``None``: all.
+
+        Raises:
+            EngineError: the session failed, or the inputs are not the graph's.
+        """
+        wanted = list(self.outputs if outputs is None else outputs)
+        try:
+            values = self._open().run(wanted, dict(inputs))
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise self._failed(error) from error
+        return dict(zip(wanted, values, strict=True))
+
+    def new_binding(self) -> Binding:
+        """An empty binding of this session."""
+        return Binding(self, self._open().io_binding())
+
+    def run_binding(self, binding: Any) -> None:
+        """Run with an ``onnxruntime.IOBinding``: what `Binding.run` calls.
+
+        Raises:
+            EngineError: the session failed.
+        """
+        try:
+            self._open().run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Free the session once its last binding is gone. It cannot run afterwards."""
+        self._session = None
+
+    def _open(self) -> ort.InferenceSession:
+        if self._session is None:
+            raise EngineError(f"model {self.model_name} is unloaded")
+        return self._session
+
+    def _failed(self, error: Exception) -> EngineError:
+        if isinstance(error, EngineError):
+            return error
+        _ort_logger.error("model %s: %s", self.model_name, error)
+        return EngineError(f"model {self.model_name} failed on the execution provider {self.provider}")
+
+
+def open_session(path: Path, *, model_name: str, provider: str = "cpu") -> Session:
+    """Open a graph for serving.
+
+    Its external data is checked first. Nodes that the provider cannot run are an error, never moved to another one
+    in silence: a model that half runs on the wrong device looks like a slow one. Memory patterns are off: ONNX
+    Runtime keeps one for each combination of input shapes, and a packed step hardly ever has those of another.
+
+    Args:
+        path: of ``model.onnx``.
+        model_name: for messages and logs.
+        provider: a name that `execution_provider` knows.
+
+    Raises:
+        ConfigError: the file or its external data is missing, unsafe or no ONNX graph that this build runs.
+    """
+    _prepare_process()
+    resolved = execution_provider(provider)
+    check_external_data(path)
+    try:
+        session = ort.InferenceSession(
+            str(path),
+            _session_options(resolved),
+            providers=[(resolved.ort_name, resolved.options)],
+            enable_fallback=0,
+            read_config_from_model=0,
+        )
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        _ort_logger.error("model %s: %s", model_name, error)
+        raise ConfigError(
+            f"ONNX Runtime {ort.__version__} cannot open it on the execution provider {provider}; the log says why",
+            file=path.name,
+        ) from error
+    try:
+        return Session(session, model_name, resolved)
+    except ConfigError as error:
+        raise ConfigError(error.reason, file=path.name) from None
+
+
+def _session_options(provider: ExecutionProvider) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = _threads.num_threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.enable_mem_pattern = False
+    options.log_severity_level = _ort_severity()
+    # By content and not by file name: a graph in ORT's own format would get past the check of external data.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    if not _threads.allow_spinning:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(BOUNDED_SPIN_US))
+    if provider.name != "cpu":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return options
+
+
+def _tensor_spec(argument: Any) -> TensorSpec:
+    try:
+        return TensorSpec(argument.name, from_ort_name(argument.type), tuple(argument.shape))
+    except ConfigError as error:
+        raise ConfigError(f"{argument.name}: {error.reason}") from None
+
+
+@functools.cache
+def _prepare_process() -> None:
+    """Route ONNX Runtime's log and switch its telemetry off; once, since both are the process's."""
+    ort.disable_telemetry_events()
+    ort.set_default_logger_callback(_log, _ort_severity())
+
+
+def _ort_severity() -> int:
+    """Warnings and worse. ORT's "info" tells each graph transformation: some thousand lines for a model."""
+    return 0 if _ort_logger.isEnabledFor(logging.DEBUG) else 2
+
+
+def _log(severity: int, _category: str, _log_id: str, location: str, message: str) -> None:
+    _ort_logger.log(_LOG_LEVELS[severity], "%s (%s)", message, location)
