@@ -81,9 +81,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Answer `/tokenizer_info`, which shows the chat template."""
 
     num_threads: Annotated[int, Meta(ge=0, le=1024)] = 0
-    """Compute threads, shared by all models. 0: the physical cores that affinity and cgroup quota leave us."""
+    """Threads that work on a model's step. 0: the physical cores that affinity and cgroup quota leave us."""
     allow_spinning: bool = False
-    """Compute threads poll between operators: a little faster alone, wasteful idle and beside other processes."""
+    """Idle compute threads spin as long as ONNX Runtime likes: for one model alone on its machine."""
 
     kv_cache_bytes: CountOrAuto = 0
     """Most memory for the KV cache of one model (`2GiB` is understood). 0: from `memory_fraction`."""

@@ -1,5 +1,8 @@
+import re
 from contextlib import suppress
+from pathlib import Path
 
+import msgspec
 import pytest
 from google.protobuf import text_format
 from hypothesis import given, settings
@@ -211,3 +214,9 @@ def test_config_survives_writing_and_reading(config, values):
 def test_options_survive_writing_and_reading(values):
     config = parse_config(parameters(**{key: repr(value) for key, value in values.items()}), name="m")
     assert language_model_options(config) == LanguageModelOptions(**values)
+
+
+def test_every_parameter_has_its_row_in_the_readme():
+    text = (Path(__file__).parents[2] / "model_repository/README.md").read_text()
+    names = [field.name for field in msgspec.structs.fields(LanguageModelOptions)]
+    assert re.findall(r"^\| `(\w+)` \|", text.partition("Parameters of")[2].partition("##")[0], re.MULTILINE) == names

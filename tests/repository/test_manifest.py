@@ -1,4 +1,5 @@
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -118,3 +119,9 @@ def test_any_value_in_any_place_parses_or_raises_config_error(tmp_path_factory, 
     target[key] = data.draw(JSON)
     with suppress(ConfigError):
         assert isinstance(parse(msgspec.json.encode(manifest)), Manifest)
+
+
+def test_every_field_has_its_row_in_the_readme():
+    text = (Path(__file__).parents[2] / "model_repository/README.md").read_text()
+    names = [field.name for field in msgspec.structs.fields(Manifest)]
+    assert re.findall(r"^\| `(\w+)` \|", text.partition("## manifest.json")[2], re.MULTILINE) == names
