@@ -266,6 +266,12 @@ def test_every_setting_has_its_row_in_the_readme():
     assert rows == [option.name for option in options()]
 
 
+def test_example_file_of_the_deployment_is_understood():
+    settings = load_settings(config=README.parent / "deploy/sardonyx.toml", environ={})
+    assert settings.repository == Path("/var/lib/sardonyx/models")
+    check_exposure(settings)
+
+
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A fake /proc and /sys with four CPUs, two threads a core."""
