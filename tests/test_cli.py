@@ -1,3 +1,4 @@
+import hashlib
 import json
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.tiny_models import make_language_model
 
 from sardonyx import cli
 from sardonyx.repository.layout import Repository
@@ -96,7 +98,9 @@ def test_check_names_model_file_and_field_and_exits_with_1(tmp_path, capsys):
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
 
 
 def test_help_imports_nothing_heavy():
@@ -201,3 +205,36 @@ def test_module_runs_as_the_command():
 def test_export_is_among_the_commands():
     assert "export" in {entry_point.name for entry_point in cli.entry_points(group=cli.COMMANDS)}
     assert Path(cli.__file__).name == "cli.py"
+
+
+def revouch(folder: Path) -> None:
+    """Make the manifest agree with the files again, so that only their contents can be found wrong."""
+    described = json.loads((folder / "manifest.json").read_text())
+    graphs = [file for graph in described["graphs"].values() for file in [graph["model"], *graph["data"]]]
+    for file in [*graphs, *described["files"]]:
+        data = (folder / file["path"]).read_bytes()
+        file.update(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+    (folder / "manifest.json").write_text(json.dumps(described))
+
+
+def test_deep_check_of_a_good_model_finds_nothing(tmp_path, capsys):
+    make_language_model(tmp_path)
+    assert run(["check", str(tmp_path), "--deep"], capsys)[:2] == (0, "1 models, 0 findings\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.onnx", b"no graph", "model.onnx"),
+        ("chat_template.jinja", b"{% if %}", "chat_template.jinja: line 1"),
+        ("tokenizer.json", b"{}", "tokenizer.json"),
+    ],
+)
+def test_deep_check_loads_what_a_plain_check_only_reads(tmp_path, capsys, name, content, message):
+    folder = make_language_model(tmp_path)
+    (folder / name).write_bytes(content)
+    revouch(folder)
+    assert run(["check", str(tmp_path)], capsys)[0] == 0
+    code, out, _ = run(["check", str(tmp_path), "--deep"], capsys)
+    assert code == 1
+    assert message in out.splitlines()[0]

@@ -176,7 +176,7 @@ def _deep_problems(entry: "ModelEntry") -> Iterator[ConfigError]:
                 if source is not None:
                     ChatTemplate(source)
             for graph in manifest.graphs.values() if manifest else ():
-                open_session(folder / graph.model.path, model_name=entry.name)
+                open_session(folder / graph.model.path, model_name=entry.name).close()
         except ConfigError as error:
             yield error
 

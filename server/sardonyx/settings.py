@@ -143,11 +143,6 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
     help: str
 
     @property
-    def variable(self) -> str:
-        """Its environment variable."""
-        return ENVIRONMENT_PREFIX + self.name.upper()
-
-    @property
     def flag(self) -> str | None:
         """Its flag; ``None`` for secrets, and for `repository`, which is an argument."""
         return None if self.name in SECRETS or self.name == "repository" else _flag(self.name)
@@ -196,7 +191,7 @@ def load_settings(
         values |= _from_toml(path)
     values |= _from_environment(environ)
     values |= _from_flags({name: value for name, value in (flags or {}).items() if value is not None})
-    for name in ("api_keys", "admin_keys"):
+    for name in SECRETS:
         if (file := values.get(f"{name}_file")) is not None:
             values[name] = (*values.get(name, ()), *_read_keys(file, f"{name}_file"))
     return Settings(**values)
@@ -217,7 +212,7 @@ def check_exposure(settings: Settings) -> None:
     if not (settings.api_keys or settings.allow_unauthenticated or _is_loopback(settings.host)):
         raise ConfigError(
             f"{settings.host!r} can be reached from other machines and there are no API keys: "
-            "set api_keys_file, or allow_unauthenticated to serve everyone",
+            "set SARDONYX_API_KEYS or api_keys_file, or allow_unauthenticated to serve everyone",
             field="host",
         )
 
