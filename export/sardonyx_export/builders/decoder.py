@@ -1,0 +1,120 @@
+"""From a checkpoint to the two files of a decoder's graph."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from sardonyx.repository.manifest import KvLayout
+from sardonyx_export.builders import gguf_blocks
+from sardonyx_export.builders.decoder_graph import DecoderGraph
+from sardonyx_export.builders.graph import GraphWriter
+from sardonyx_export.builders.linear import Linears
+from sardonyx_export.builders.weights import Precision, Progress, WeightWriter
+from sardonyx_export.checkpoint import Checkpoint
+from sardonyx_export.errors import ExportError
+from sardonyx_export.families.llm import read_spec
+from sardonyx_export.spec import DecoderSpec
+
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What to make of a checkpoint."""
+
+    precision: Precision
+    """Of the layers' matrices. Norms, biases and rotary tables are always fp32."""
+    head_precision: Literal["fp32", "int8"] | None = None
+    """Of head and embedding. ``None``: fp32 in an fp32 graph, else int8."""
+    block_size: int = 32
+    """Weights that share a scale."""
+    accuracy_level: Literal[1, 4] | None = None
+    """MatMulNBits' words: 1 keeps activations fp32, 4 rounds them to int8 inside the kernel.
+
+    ``None``: 1 for int4 where the source's own 4-bit blocks are kept, since rounding activations would then be the only
+    error (of the demo model's greedy texts, it changes every second one within 32 tokens); 4 elsewhere, where the
+    weights' own error hides it.
+    """
+    max_model_len: int | None = None
+    """Positions to serve; ``None``: as many as the checkpoint was made for."""
+    target: Literal["cpu"] = "cpu"
+
+
+class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What was made."""
+
+    files: list[Path]
+    """The graph, then its external data."""
+    kv: KvLayout
+    vocab_size: int
+    hidden_size: int
+    max_model_len: int
+    precision: Precision
+    head_precision: Precision
+    accuracy_level: int
+    weights: str
+    """What became of each stored format, for the manifest."""
+    notes: list[str]
+    """What an operator should know about choices made on the way."""
+
+
+def build_decoder(
+    checkpoint: Checkpoint, target_dir: Path, options: BuildOptions, progress: Progress | None = None
+) -> BuildReport:
+    """Write ``model.onnx`` and ``model.onnx.data``, the packed-step graph of a decoder language model.
+
+    Memory: one tensor in float32 and some copies of a part of it, never the model.
+
+    Args:
+        checkpoint: configuration and weights.
+        target_dir: an existing folder without these two files. On an error what was written so far is left in it.
+        options: see `BuildOptions`.
+        progress: called with the number of weights written and of all, after each tensor.
+
+    Raises:
+        ExportError: an architecture, a configuration field, a tensor or an option that is not implemented.
+    """
+    if options.block_size not in _BLOCK_SIZES:
+        raise ExportError(f"is {options.block_size}; possible: {', '.join(map(str, _BLOCK_SIZES))}", field="block_size")
+    spec = read_spec(checkpoint.config, options.max_model_len)
+    level = options.accuracy_level or _default_accuracy_level(checkpoint, options)
+    head_precision: Precision = options.head_precision or ("fp32" if options.precision == "fp32" else "int8")
+    with GraphWriter(target_dir) as graph:
+        weights = WeightWriter(graph, checkpoint, options.block_size, progress)
+        linears = Linears(graph, options.block_size, has_exact_activations=level == 1)
+        DecoderGraph(
+            graph,
+            weights,
+            linears,
+            spec,
+            precision=options.precision,
+            head_precision=head_precision,
+            block_size=options.block_size,
+        ).write()
+        weights.check_all_used(lambda name: _is_ignored(name, spec))
+        files = graph.save("decoder")
+    activations = "" if options.precision == "fp32" else f"; activations {'fp32' if level == 1 else 'int8'}"
+    return BuildReport(
+        files=files,
+        kv=KvLayout(num_layers=len(spec.layers), num_kv_heads=spec.num_kv_heads, head_size=spec.head_size),
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        max_model_len=spec.max_model_len,
+        precision=options.precision,
+        head_precision=head_precision,
+        accuracy_level=level,
+        weights=weights.summary() + activations,
+        notes=[],
+    )
+
+
+def _default_accuracy_level(checkpoint: Checkpoint, options: BuildOptions) -> Literal[1, 4]:
+    if options.precision != "int4" or options.block_size != gguf_blocks.BLOCK_SIZE:
+        return 4
+    storages = {checkpoint.tensor(name).storage for name in checkpoint.names()}
+    return 1 if storages & gguf_blocks.FOUR_BIT_FORMATS else 4
+
+
+def _is_ignored(name: str, spec: DecoderSpec) -> bool:
+    """A tensor that some checkpoints hold and no graph needs: a tied head's copy, tables made from the configuration."""
+    return name.endswith("rotary_emb.inv_freq") or (spec.tied_head and name == f"{spec.names.head}.weight")

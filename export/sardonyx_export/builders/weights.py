@@ -1,0 +1,226 @@
+"""A checkpoint's tensors as a graph's initializers: read one at a time, converted in chunks of rows, written at once.
+
+Decides what becomes of each stored format and keeps account of it for the manifest. Adds no node.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from sardonyx_export.builders import gguf_blocks
+from sardonyx_export.builders.blocks import Blocks, default_zero_point, fit, pack, widen
+from sardonyx_export.builders.graph import GraphWriter
+from sardonyx_export.checkpoint import Checkpoint, StoredTensor
+from sardonyx_export.errors import ExportError
+
+Precision = Literal["fp32", "int8", "int4"]
+Progress = Callable[[int, int], None]
+
+_BITS: dict[Precision, int] = {"fp32": 32, "int8": 8, "int4": 4}
+# Block formats whose writer spent more than 4 bits on a tensor, because it is worth them: int4 keeps it at 8.
+_FINE_FORMATS = ("Q5_", "Q6_", "Q8_")
+# Weights converted at once: enough for numpy to be busy, few enough that a dozen float copies stay under 200 MB.
+_CHUNK_WEIGHTS = 1 << 22
+
+
+class Matrix(msgspec.Struct, frozen=True, kw_only=True):
+    """A weight matrix inside the graph, (out, in): names of its initializers."""
+
+    name: str
+    num_rows: int
+    num_columns: int
+    bits: int
+    """32: `codes` are the weights themselves."""
+    codes: str
+    scales: str = ""
+    zero_points: str = ""
+    """Empty: the kernel's default."""
+    offsets: str = ""
+    """(out, blocks) float32, added to all weights of a block; empty: none."""
+
+
+class WeightWriter:
+    """Writes weights and remembers which were read.
+
+    Args:
+        graph: receives the initializers.
+        checkpoint: holds the tensors.
+        block_size: weights that share a scale.
+        progress: called with the number of weights written and of all; may be ``None``.
+    """
+
+    def __init__(
+        self, graph: GraphWriter, checkpoint: Checkpoint, block_size: int, progress: Progress | None = None
+    ) -> None:
+        self._graph = graph
+        self._checkpoint = checkpoint
+        self._block_size = block_size
+        self._progress = progress
+        self._num_written = 0
+        self._num_weights = sum(math.prod(checkpoint.tensor(name).shape) for name in checkpoint.names())
+        self._outcomes: dict[str, dict[str, None]] = {}
+        self._used: set[str] = set()
+
+    def vector(self, names: Sequence[str], size: int, *, offset: float = 0.0, scale: float = 1.0) -> str:
+        """Norm weights or biases, one tensor after the other, each plus `offset` and times `scale`; float32.
+
+        A name that stands several times in a row is read once and laid down as often.
+        """
+        pieces = []
+        for name, group in itertools.groupby(names):
+            values = (self._read(self._tensor(name, None)) + np.float32(offset)) * np.float32(scale)
+            pieces += [values] * len(list(group))
+        num_values = sum(map(len, pieces))
+        if num_values != size:
+            raise ExportError(f"has {num_values} values; the configuration asks for {size}", field=names[0])
+        return self._graph.weight(names[0], np.float32, (size,), pieces)
+
+    def bits(self, names: Sequence[str], precision: Precision) -> int:
+        """Bits that a stack of tensors gets: those of `precision`, but 8 instead of 4 where its source has more."""
+        bits = _BITS[precision]
+        is_fine = any(self._checkpoint.tensor(name).storage.startswith(_FINE_FORMATS) for name in names)
+        return 8 if bits == 4 and is_fine else bits
+
+    def matrix(
+        self, name: str, tensor_names: Sequence[str], num_rows: int, num_columns: int, bits: int, scale: float = 1.0
+    ) -> Matrix:
+        """Stack tensors of (out, in) into one matrix.
+
+        Args:
+            name: of the matrix in the graph.
+            tensor_names: in the order of their rows.
+            num_rows: of the stack.
+            num_columns: of each.
+            bits: 4, 8 or 32.
+            scale: multiplies all weights.
+
+        Raises:
+            ExportError: a tensor is missing or the configuration asks for another shape.
+        """
+        tensors = [self._tensor(tensor_name, num_columns) for tensor_name in tensor_names]
+        if sum(tensor.shape[0] for tensor in tensors) != num_rows:
+            shapes = ", ".join(str(tensor.shape) for tensor in tensors)
+            raise ExportError(f"is {shapes}; the configuration asks for {num_rows} rows", field=tensor_names[0])
+        write = self._write_floats if bits == 32 else self._write_blocks
+        return write(name, tensors, num_rows, num_columns, bits, np.float32(scale))
+
+    def summary(self) -> str:
+        """What became of each stored format: ``Q4_1 -> int4 ..., lossless; Q8_0 -> int8 ..., lossless``."""
+        return "; ".join(f"{storage} -> {' and '.join(made)}" for storage, made in sorted(self._outcomes.items()))
+
+    def check_all_used(self, ignored: Callable[[str], bool]) -> None:
+        """Refuse a checkpoint with a tensor that the graph does not hold.
+
+        Raises:
+            ExportError: names the tensor.
+        """
+        for name in self._checkpoint.names():
+            if name not in self._used and not ignored(name):
+                raise ExportError("is a tensor that this architecture does not have", field=name)
+
+    def _tensor(self, name: str, num_columns: int | None) -> StoredTensor:
+        tensor = self._checkpoint.tensor(name)
+        expected_rank = 1 if num_columns is None else 2
+        if len(tensor.shape) != expected_rank or (num_columns is not None and tensor.shape[1] != num_columns):
+            wanted = "one axis" if num_columns is None else f"{num_columns} columns"
+            raise ExportError(f"is {tensor.shape}; the configuration asks for {wanted}", field=name)
+        self._used.add(name)
+        return tensor
+
+    def _read(self, tensor: StoredTensor) -> npt.NDArray[np.float32]:
+        values = tensor.read()
+        if not np.isfinite(np.sum(values, dtype=np.float64)):
+            raise ExportError("holds an infinite value or one that is no number", field=tensor.name)
+        self._advance(values.size)
+        return values
+
+    def _advance(self, num_weights: int) -> None:
+        self._num_written += num_weights
+        if self._progress is not None:
+            self._progress(self._num_written, self._num_weights)
+
+    def _account(self, storage: str, made: str) -> None:
+        self._outcomes.setdefault(storage, {})[made] = None
+
+    def _write_floats(
+        self, name: str, tensors: Sequence[StoredTensor], num_rows: int, num_columns: int, bits: int, scale: np.float32
+    ) -> Matrix:
+        def pieces() -> Iterator[npt.NDArray[np.float32]]:
+            for tensor in tensors:
+                self._account(tensor.storage, "fp32")
+                yield self._read(tensor) * scale if scale != 1 else self._read(tensor)
+
+        codes = self._graph.weight(name + ".weight", np.float32, (num_rows, num_columns), pieces())
+        return Matrix(name=name, num_rows=num_rows, num_columns=num_columns, bits=bits, codes=codes)
+
+    def _write_blocks(
+        self, name: str, tensors: Sequence[StoredTensor], num_rows: int, num_columns: int, bits: int, scale: np.float32
+    ) -> Matrix:
+        num_blocks = -(-num_columns // self._block_size)
+        has_offsets = any(
+            self._is_kept(tensor, bits) and tensor.storage in gguf_blocks.OFFSET_FORMATS for tensor in tensors
+        )
+        # Codes go to disk as they come; the rest is an eighth of them or less and lies behind them in the file.
+        scales, zero_points, offsets = [], [], []
+
+        def pieces() -> Iterator[npt.NDArray[np.uint8]]:
+            for tensor in tensors:
+                for blocks in self._blocks(tensor, bits):
+                    scales.append(blocks.scales * scale)
+                    zero_points.append(blocks.zero_points)
+                    if has_offsets:
+                        offsets.append(
+                            np.zeros_like(blocks.scales) if blocks.offsets is None else blocks.offsets * scale
+                        )
+                    yield pack(blocks.codes, bits)
+
+        bytes_per_block = self._block_size * bits // 8
+        codes = self._graph.weight(name + ".codes", np.uint8, (num_rows, num_blocks, bytes_per_block), pieces())
+        packed_zero_points = ""
+        if any((points != default_zero_point(bits)).any() for points in zero_points):
+            packed_zero_points = self._graph.weight(
+                name + ".zero_points",
+                np.uint8,
+                (num_rows, -(-num_blocks * bits // 8)),
+                (pack(points, bits) for points in zero_points),
+            )
+        shape = (num_rows, num_blocks)
+        return Matrix(
+            name=name,
+            num_rows=num_rows,
+            num_columns=num_columns,
+            bits=bits,
+            codes=codes,
+            scales=self._graph.weight(name + ".scales", np.float32, shape, scales),
+            zero_points=packed_zero_points,
+            offsets=self._graph.weight(name + ".offsets", np.float32, shape, offsets) if has_offsets else "",
+        )
+
+    def _is_kept(self, tensor: StoredTensor, bits: int) -> bool:
+        """The tensor's own blocks fit into `bits` without rounding."""
+        if self._block_size != gguf_blocks.BLOCK_SIZE:
+            return False
+        kept = {4: gguf_blocks.FOUR_BIT_FORMATS, 8: frozenset({"Q8_0", "Q4_0"})}
+        return tensor.storage in kept[bits]
+
+    def _blocks(self, tensor: StoredTensor, bits: int) -> Iterator[Blocks]:
+        num_columns = tensor.shape[1]
+        step = max(1, _CHUNK_WEIGHTS // num_columns)
+        is_kept = self._is_kept(tensor, bits)
+        kind = f"int{bits} in blocks of {self._block_size}"
+        self._account(tensor.storage, f"{kind}, lossless" if is_kept else f"{kind}, re-quantised")
+        if not is_kept:
+            weights = self._read(tensor)
+            for start in range(0, len(weights), step):
+                yield fit(weights[start : start + step], bits, self._block_size)
+            return
+        raw = tensor.blocks()
+        for start in range(0, len(raw), step):
+            blocks = gguf_blocks.decode(tensor.storage, raw[start : start + step], num_columns)
+            yield widen(blocks) if blocks.bits < bits else blocks
+        self._advance(math.prod(tensor.shape))
