@@ -116,5 +116,5 @@ def _default_accuracy_level(checkpoint: Checkpoint, options: BuildOptions) -> Li
 
 
 def _is_ignored(name: str, spec: DecoderSpec) -> bool:
-    """A tensor that some checkpoints hold and no graph needs: a tied head's copy, tables made from the configuration."""
+    """A tensor that some checkpoints hold and no graph needs: a tied head's copy, tables made from the config."""
     return name.endswith("rotary_emb.inv_freq") or (spec.tied_head and name == f"{spec.names.head}.weight")

@@ -40,7 +40,8 @@ class RopeContext(msgspec.Struct, frozen=True, kw_only=True):
     def wavelengths(self) -> Frequencies:
         """The series that every method starts from: theta ** (2i / rotary_size)."""
         exponents = np.arange(0, self.rotary_size, 2, dtype=np.float32) / np.float32(self.rotary_size)
-        return np.full_like(exponents, self.theta) ** exponents
+        series: Frequencies = np.power(np.float32(self.theta), exponents)
+        return series
 
 
 def read_rope(
