@@ -26,7 +26,7 @@ _INDEX = re.compile(r"\[(\d+|\.\.\.)\]")
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
-class JsonBody(AbstractDTO[Any]):
+class StrictJson(AbstractDTO[Any]):
     """Transfers a JSON body into a handler's ``data``; see `json_body`."""
 
     decoder: ClassVar[msgspec.json.Decoder[Any]]
@@ -69,16 +69,16 @@ class JsonBody(AbstractDTO[Any]):
         return False
 
 
-def json_body(model: type[msgspec.Struct]) -> type[JsonBody]:
+def json_body(model: type[msgspec.Struct]) -> type[StrictJson]:
     """``dto=`` of a handler whose ``data`` is a `model`."""
-    return type(f"{model.__name__}Body", (JsonBody,), {"model_type": model, "decoder": msgspec.json.Decoder(model)})
+    return type(f"{model.__name__}Body", (StrictJson,), {"model_type": model, "decoder": msgspec.json.Decoder(model)})
 
 
 def decode_json(body: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
     """Decode one JSON document.
 
     Raises:
-        InvalidRequest: as `JsonBody.decode_bytes`.
+        InvalidRequest: as `StrictJson.decode_bytes`.
         PayloadTooLarge: too many containers.
     """
     if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:

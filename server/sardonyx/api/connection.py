@@ -1,7 +1,7 @@
-"""uvicorn's HTTP/1.1 connection with the limits that it lacks: the size of a head, and the time it may take.
+"""uvicorn's HTTP/1.1 connection with the limits that it lacks: a head's size and time, and how long a client may stall.
 
-Floor 5. httptools keeps collecting a header that never ends, and uvicorn has no timeout before the first request is
-complete; either lets one client without a key hold memory or sockets at will (the class of CVE-2025-48956).
+Floor 5. httptools keeps collecting a header that never ends, and uvicorn waits for ever for a head's end and for a
+client that does not read; each lets anybody, without a key, hold memory, sockets and slots (the class of CVE-2025-48956).
 """
 
 import asyncio
@@ -16,6 +16,8 @@ MAX_HEAD_BYTES = 32 * 1024
 MAX_HEADERS = 100
 HEAD_TIMEOUT_S = 10.0
 """From the first byte of a head, or the connection's beginning, to the head's end."""
+STALL_TIMEOUT_S = 30.0
+"""A client that takes so little for so long that its buffers stay full is treated as gone."""
 
 
 class _HeadTooLarge(Exception):
@@ -31,6 +33,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._num_head_bytes = 0
         self._is_too_large = False
         self._head_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
         self._active: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
@@ -41,11 +44,22 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the request that is being answered, too: uvicorn tells only the last of several pipelined ones."""
         self._stop_head_timer()
+        self._stop_stall_timer()
         if self._active is not None and not self._active.response_complete:
             self._active.disconnected = True
             self._active.message_event.set()
         self.pipeline.clear()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """More is waiting for the client than it takes."""
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(STALL_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It takes it after all."""
+        self._stop_stall_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser while the head is within its limits."""
@@ -108,6 +122,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
     def _on_head_timeout(self) -> None:
         if self._num_head_bytes:

@@ -1,21 +1,19 @@
 """What handlers are given by name. `app.create_app` provides each; nothing here is looked up globally.
 
-Floor 5.
+Floor 5. `SkipValidation`: Litestar would have msgspec convert our own objects at every call.
 """
 
-from typing import Annotated
+from typing import TypeAlias
 
-from litestar.params import Dependency
+from litestar.di import NamedDependency
+from litestar.params import SkipValidation
 
 from sardonyx.api.auth import Gatekeeper
 from sardonyx.metrics import Metrics
 from sardonyx.serving.registry import Registry
 from sardonyx.settings import Settings
 
-# Litestar would have msgspec convert its own objects at every call.
-_GIVEN = Dependency(skip_validation=True)
-
-Models = Annotated[Registry, _GIVEN]
-ServerSettings = Annotated[Settings, _GIVEN]
-ServerMetrics = Annotated[Metrics, _GIVEN]
-Keeper = Annotated[Gatekeeper, _GIVEN]
+Models: TypeAlias = NamedDependency[SkipValidation[Registry]]
+ServerSettings: TypeAlias = NamedDependency[SkipValidation[Settings]]
+ServerMetrics: TypeAlias = NamedDependency[SkipValidation[Metrics]]
+Keeper: TypeAlias = NamedDependency[SkipValidation[Gatekeeper]]

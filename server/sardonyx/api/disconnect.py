@@ -15,26 +15,25 @@ from sardonyx.errors import RequestAborted
 T = TypeVar("T")
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], *others: Coroutine[Any, Any, Any]) -> T:
-    """Run `work`; cancel it when the client leaves or one of `others` ends. The request's body must have been read.
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`; cancel it when the client leaves. The request's body must have been read.
 
-    Everything that was started has ended when this returns, however it returns. `work` cleans up synchronously: while
-    it is being cancelled it must not wait for anything slow.
+    `work` has ended when this returns, however it returns. It cleans up synchronously: while it is being cancelled it
+    must not wait for anything slow.
 
     Raises:
         RequestAborted: the client left first. What else `work` raises comes through.
     """
-    task = asyncio.create_task(work)
-    watchers = [asyncio.create_task(_disconnected(receive)), *map(asyncio.create_task, others)]
+    task, watcher = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
     try:
-        await asyncio.wait({task, *watchers}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise RequestAborted("the client left before its answer")
     finally:
-        for each in (task, *watchers):
-            each.cancel()
-        await asyncio.gather(task, *watchers, return_exceptions=True)
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -17,7 +17,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 
-from sardonyx.api.body import JsonBody, json_body
+from sardonyx.api.body import StrictJson, json_body
 from sardonyx.api.openai.errors import DECLARED_STATUSES, ErrorBody
 
 _REFERENCE = "#/components/schemas/{name}"
@@ -50,7 +50,7 @@ def openapi_config(version: str, *, needs_key: bool) -> OpenAPIConfig:
 
 
 class _Document(JsonRenderPlugin):
-    """Puts msgspec's schemas where `JsonBody` only left references."""
+    """Puts msgspec's schemas where `StrictJson` only left references."""
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
         schemas = openapi_schema["components"]["schemas"]
@@ -74,7 +74,7 @@ def body_schemas(bodies: Iterable[type[msgspec.Struct]]) -> dict[str, Any]:
 def _bodies(app: Litestar) -> list[type[msgspec.Struct]]:
     handlers = (handler for route in app.routes for handler in getattr(route, "route_handlers", ()))
     transfers = (handler.resolve_data_dto() for handler in handlers if isinstance(handler, HTTPRouteHandler))
-    return [dto.model_type for dto in transfers if dto is not None and issubclass(dto, JsonBody)]
+    return [dto.model_type for dto in transfers if dto is not None and issubclass(dto, StrictJson)]
 
 
 def _declare_stream(operation: dict[str, Any], schemas: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 from litestar import Controller, Request, Response
+from litestar.params import JSONBody
 from msgspec import UNSET, UnsetType
 
 from sardonyx.api.dependencies import Models
@@ -43,7 +44,7 @@ class ChatController(Controller):
 
     @json_post("/v1/chat/completions", ChatCompletionRequest, ChatCompletion)
     async def create_chat_completion(
-        self, data: ChatCompletionRequest, request: Request[Any, Any, Any], models: Models
+        self, data: JSONBody[ChatCompletionRequest], request: Request[Any, Any, Any], models: Models
     ) -> Response[bytes]:
         """Answer a conversation, or go on with its last message."""
         return await ChatCall(data, models.resolve(data.model), request).answer()

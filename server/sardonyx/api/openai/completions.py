@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 from litestar import Controller, Request, Response
+from litestar.params import FromPath, JSONBody
 from msgspec import UNSET, UnsetType
 
 from sardonyx.api.dependencies import Models
@@ -42,20 +43,22 @@ class CompletionsController(Controller):
 
     @json_post("/v1/completions", CompletionRequest, Completion)
     async def create_completion(
-        self, data: CompletionRequest, request: Request[Any, Any, Any], models: Models
+        self, data: JSONBody[CompletionRequest], request: Request[Any, Any, Any], models: Models
     ) -> Response[bytes]:
         """Continue a prompt, fill a gap, or score a text (``echo`` with ``logprobs``)."""
         return await CompletionCall(data, models.resolve(data.model), request).answer()
 
     @json_post("/v1/engines/{engine:str}/completions", CompletionRequest, Completion)
     async def create_engine_completion(
-        self, engine: str, data: CompletionRequest, request: Request[Any, Any, Any], models: Models
+        self, engine: FromPath[str], data: JSONBody[CompletionRequest], request: Request[Any, Any, Any], models: Models
     ) -> Response[bytes]:
         """As ``/v1/completions``, with the model in the path, which wins (OpenAI's first API, Azure)."""
         return await CompletionCall(data, models.resolve(engine), request).answer()
 
     @json_post("/v1/generate", GenerateRequest, Completion)
-    async def generate(self, data: GenerateRequest, request: Request[Any, Any, Any], models: Models) -> Response[bytes]:
+    async def generate(
+        self, data: JSONBody[GenerateRequest], request: Request[Any, Any, Any], models: Models
+    ) -> Response[bytes]:
         """As ``/v1/completions``, with text-generation-webui's meaning of ``suffix``: it is appended as it is."""
         body = msgspec.structs.replace(
             data,

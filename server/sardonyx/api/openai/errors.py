@@ -110,7 +110,7 @@ def headers_for(error: errors.ServeError) -> dict[str, str]:
 
 def _answer_serve_error(request: Request, error: errors.ServeError) -> Response[bytes]:  # type: ignore[type-arg]  # Litestar's own handlers leave the parameters open
     answer = answer_for(error)
-    if answer.status >= 500:
+    if answer.status == 500:  # 503 and 504 are told by probes and metrics, again and again
         logger.warning("%s: %s", type(error).__name__, error.message)
     return _json(encode_error(error), answer.status, headers_for(error))
 

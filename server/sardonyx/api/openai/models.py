@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 from litestar import Controller, get
+from litestar.params import FromPath
 
 from sardonyx.api.dependencies import Models, ServerSettings
 from sardonyx.api.openapi import answers
@@ -46,7 +47,7 @@ class ModelsController(Controller):
         return ModelList(data=list(_cards(models, settings.aliases)))
 
     @get("/v1/models/{model_id:path}", responses=answers(ModelCard))
-    async def get_model(self, model_id: str, models: Models, settings: ServerSettings) -> ModelCard:
+    async def get_model(self, model_id: FromPath[str], models: Models, settings: ServerSettings) -> ModelCard:
         """One of them; names may hold slashes."""
         wanted = model_id.removeprefix("/")
         for card in _cards(models, settings.aliases):

@@ -28,8 +28,6 @@ DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 PING_INTERVAL_S = 15.0
 """Proxies cut a silent connection after 30 to 60 s; a long prompt in a full queue may take longer than that."""
-STALL_TIMEOUT_S = 30.0
-"""A client that takes nothing for so long, with its buffers full, is treated as gone."""
 
 encode = msgspec.json.Encoder().encode
 
@@ -77,15 +75,15 @@ class OpenStream:
         self._chunks = aiter(generation)
         self._first: asyncio.Future[TextChunk] | None = None
 
-    async def wait(self, timeout_s: float = PING_INTERVAL_S) -> None:
-        """Wait for the first chunk at most so long: until the answer has begun, an error can still have its status.
+    async def wait(self) -> None:
+        """Wait for the first chunk, but not too long: until the answer has begun, an error can still have its status.
 
         Raises:
             ServeError: the generation ended before it gave anything.
         """
         first = asyncio.ensure_future(anext(self._chunks))
         try:
-            await asyncio.wait({first}, timeout=timeout_s)
+            await asyncio.wait({first}, timeout=PING_INTERVAL_S)
             if first.done():
                 first.result()
         except BaseException:
@@ -143,17 +141,17 @@ class _EventStreamResponse(ASGIResponse):
         self._stream = stream
         self._frame = frame
         self._last = last
-        self._touched_s = time.monotonic()
-        """When the last frame was handed over, or began to be."""
-        self._is_sending = False
+        self._sent_s = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        keeper = asyncio.create_task(self._keep_alive(send))
         try:
             await self.start_response(send)
-            await while_connected(receive, self._send_frames(send), self._keep_alive(send))
+            await while_connected(receive, self._send_frames(send))
         except RequestAborted:
             logger.debug("%s: the client left its stream", self._stream.generation.id)
         finally:
+            keeper.cancel()
             self._stream.close()
 
     async def _send_frames(self, send: Send) -> None:
@@ -171,24 +169,14 @@ class _EventStreamResponse(ASGIResponse):
         await self._send(send, data + DONE, more_body=False)
 
     async def _send(self, send: Send, data: bytes, *, more_body: bool = True) -> None:
-        self._is_sending = True
-        self._touched_s = time.monotonic()
+        self._sent_s = time.monotonic()
         await send({"type": "http.response.body", "body": data, "more_body": more_body})
-        self._is_sending = False
 
     async def _keep_alive(self, send: Send) -> None:
-        """Send a comment where nothing else was sent for a while; return when the client has stopped reading."""
+        """Send a comment wherever nothing else was sent for a while."""
         while True:
-            limit_s = STALL_TIMEOUT_S if self._is_sending else PING_INTERVAL_S
-            left_s = self._touched_s + limit_s - time.monotonic()
+            left_s = self._sent_s + PING_INTERVAL_S - time.monotonic()
             if left_s > 0:
                 await asyncio.sleep(left_s)
-            elif self._is_sending:
-                return
             else:
-                self._touched_s = time.monotonic()
-                try:
-                    async with asyncio.timeout(STALL_TIMEOUT_S):
-                        await send({"type": "http.response.body", "body": PING, "more_body": True})
-                except TimeoutError:
-                    return
+                await self._send(send, PING)

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from litestar import Controller, get
+from litestar.params import JSONBody
 from msgspec import UNSET, UnsetType
 
 from sardonyx.api.dependencies import Models, ServerSettings
@@ -28,7 +29,7 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
 class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     """Answer of ``/tokenize``."""
 
-    tokens: list[int] | list[Piece]
+    tokens: list[int | Piece]
     count: int
     max_model_len: int
     token_strs: list[str] | UnsetType | None = UNSET
@@ -47,7 +48,7 @@ class TokensController(Controller):
     tags = ("Tokens",)
 
     @json_post("/tokenize", TokenizeRequest, Tokens)
-    async def tokenize(self, data: TokenizeRequest, models: Models) -> Tokens:
+    async def tokenize(self, data: JSONBody[TokenizeRequest], models: Models) -> Tokens:
         """Tokens of a text, or of a conversation as the model would see it."""
         model = models.resolve(data.model)
         if data.messages is not None:
@@ -65,7 +66,7 @@ class TokensController(Controller):
             raise InvalidRequest("prompt: is required (or content, or messages)", param="prompt")
         tokenizer = model.tokenizer
         return Tokens(
-            tokens=[_piece(token_id, tokenizer) for token_id in token_ids] if data.with_pieces else token_ids,
+            tokens=[_piece(token_id, tokenizer) if data.with_pieces else token_id for token_id in token_ids],
             count=len(token_ids),
             max_model_len=model.max_model_len,
             token_strs=[tokenizer.token_string(token_id) or "" for token_id in token_ids]
@@ -74,7 +75,7 @@ class TokensController(Controller):
         )
 
     @json_post("/detokenize", DetokenizeRequest, Text)
-    async def detokenize(self, data: DetokenizeRequest, models: Models) -> Text:
+    async def detokenize(self, data: JSONBody[DetokenizeRequest], models: Models) -> Text:
         """The text of tokens, special ones included."""
         text = await models.resolve(data.model).detokenize(data.tokens)
         return Text(prompt=text, content=text)

@@ -7,7 +7,8 @@ that cannot be loaded is an error.
 from typing import Annotated, Any
 
 import msgspec
-from litestar import Controller, Request, get, post
+from litestar import Controller, MediaType, Request, Response, get, post
+from litestar.params import JSONBody
 
 from sardonyx.api.auth import ADMIN, PUBLIC
 from sardonyx.api.body import decode_json
@@ -102,30 +103,30 @@ class InternalController(Controller):
     tags = ("text-generation-webui",)
 
     @json_post("/encode", TextBody, Encoded)
-    async def encode(self, data: TextBody, models: Models) -> Encoded:
+    async def encode(self, data: JSONBody[TextBody], models: Models) -> Encoded:
         """Tokens of a text, with those that the tokenizer adds."""
         token_ids = await models.resolve(None).tokenize(data.text)
         return Encoded(tokens=token_ids, length=len(token_ids))
 
     @json_post("/decode", TokensBody, Decoded)
-    async def decode(self, data: TokensBody, models: Models) -> Decoded:
+    async def decode(self, data: JSONBody[TokensBody], models: Models) -> Decoded:
         """The text of tokens, without special ones."""
         return Decoded(text=await models.resolve(None).detokenize(data.tokens, skip_special_tokens=True))
 
     @json_post("/token-count", TextBody, TokenCount)
-    async def count_tokens(self, data: TextBody, models: Models) -> TokenCount:
+    async def count_tokens(self, data: JSONBody[TextBody], models: Models) -> TokenCount:
         """How many tokens a text has."""
         return TokenCount(length=len(await models.resolve(None).tokenize(data.text)))
 
     @post("/stop-generation", status_code=200, responses=answers(str))
-    async def stop_generation(self, request: Request[Any, Any, Any], models: Models, keeper: Keeper) -> str:
+    async def stop_generation(self, request: Request[Any, Any, Any], models: Models, keeper: Keeper) -> Response[bytes]:
         """End one generation by its id, or all; their callers get what there is."""
         body = await request.body()
         wanted = decode_json(body, _STOP_DECODER).id if body else None
         if wanted is None:
             keeper.require_admin(request)
         models.stop_generation(wanted)
-        return "OK"
+        return _ok()
 
     @get("/model/info", responses=answers(ModelInfo))
     async def model_info(self, models: Models) -> ModelInfo:
@@ -147,28 +148,35 @@ class InternalController(Controller):
         return ModelNames(model_names=[status.name for status in models.list()])
 
     @json_post("/model/load", LoadBody, str, opt=ADMIN)
-    async def load_model(self, data: LoadBody, models: Models, settings: ServerSettings) -> str:
+    async def load_model(self, data: JSONBody[LoadBody], models: Models, settings: ServerSettings) -> Response[bytes]:
         """Load or reload a model, and answer when it is ready; a version that serves goes on until then."""
         _check_control(settings)
         for name in ("args", "settings"):
             if getattr(data, name):
                 raise UnsupportedFeature(f"{name}: not supported; edit the model's config.pbtxt instead", param=name)
         await models.load(data.model_name)
-        return "OK"
+        return _ok()
 
     @post("/model/unload", status_code=200, opt=ADMIN, responses=answers(str))
-    async def unload_model(self, request: Request[Any, Any, Any], models: Models, settings: ServerSettings) -> str:
+    async def unload_model(
+        self, request: Request[Any, Any, Any], models: Models, settings: ServerSettings
+    ) -> Response[bytes]:
         """Unload a model when its requests are done."""
         _check_control(settings)
         body = await request.body()
         name = decode_json(body, _UNLOAD_DECODER).model_name if body else None
         await models.unload(name or models.resolve(None).name)
-        return "OK"
+        return _ok()
 
     @get("/health", opt=PUBLIC, responses=answers(dict[str, str]))
     async def health(self) -> dict[str, str]:
         """The process answers."""
         return {"status": "ok"}
+
+
+def _ok() -> Response[bytes]:
+    # Litestar would send a str as it is, without the quotes that make it JSON.
+    return Response(b'"OK"', media_type=MediaType.JSON, status_code=200)
 
 
 def _check_control(settings: Settings) -> None:
