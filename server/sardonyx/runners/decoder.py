@@ -1,0 +1,328 @@
+"""Runs decoder language models: a `Batch` in, tokens out.
+
+Floor 3. Owns the model's session and KV cache. Which sequence holds which slot, and when, is the engine's decision.
+"""
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sardonyx.core import Batch, BatchRow, RunnerLimits, StepOutput, TokenLogprobs
+from sardonyx.errors import ConfigError, EngineError
+from sardonyx.repository.manifest import LanguageModel
+from sardonyx.runners.logprobs import token_logprobs
+from sardonyx.runners.packing import ForwardRow, PackedInputs, Run, named_views, plan_runs
+from sardonyx.runners.sampler import Sampler
+from sardonyx.runtime.dtypes import DATATYPES
+from sardonyx.runtime.kv_cache import KvCache
+from sardonyx.runtime.session import Binding, Session
+
+__all__ = ["DecoderRunner", "ForwardRow"]
+
+_logger = logging.getLogger(__name__)
+
+Logits = npt.NDArray[np.float32]
+
+MAX_PADDING = 512
+"""Padded positions that sharing a session run may add; see `plan_runs`."""
+
+_MAX_BINDINGS = 64
+"""Windows of slots whose bindings are kept. One of 30 layers is 120 bound tensors: 60 kB, and 0.3 ms to make."""
+
+
+@dataclass(slots=True)
+class _Window:
+    """A binding to the cache of neighbouring slots."""
+
+    binding: Binding
+    shapes: tuple[int, ...] = ()
+    """T, S, N and the first row of the logits that are bound at present."""
+
+
+class DecoderRunner:
+    """A `core.Runner` for graphs in the packed-step contract, on the CPU. Used by one thread.
+
+    Args:
+        session: of the graph; closed with the runner.
+        model: the manifest's part, which the graph is checked against.
+        limits: C is ``max_model_len + max_chunk_tokens - 1``: the kernel wants past + S <= C of every row, even of one
+            that has a single token left to its limit while another one's chunk sets S.
+        max_padding: see `MAX_PADDING`.
+
+    Raises:
+        ConfigError: the graph is not what the manifest says, or `limits` ask more than it has.
+    """
+
+    def __init__(
+        self, session: Session, model: LanguageModel, limits: RunnerLimits, *, max_padding: int = MAX_PADDING
+    ) -> None:
+        _check_graph(session, model, limits)
+        self._session = session
+        self._limits = limits
+        self._max_padding = max_padding
+        capacity = limits.max_model_len + limits.max_chunk_tokens - 1
+        self._cache = KvCache(model.kv, limits.num_slots, capacity)
+        self._inputs = PackedInputs(limits.num_slots, limits.max_chunk_tokens)
+        # An upper bound is all that the kernel asks for, but it refuses one above the rows of the rotary tables.
+        self._total_length = np.array(min(capacity, model.max_model_len), np.int32)
+        self._logits = np.empty((limits.num_slots + 1, limits.vocab_size), np.float32)
+        self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
+        self._sampler = Sampler(limits.vocab_size)
+
+    @property
+    def limits(self) -> RunnerLimits:
+        return self._limits
+
+    def execute(self, batch: Batch) -> StepOutput:
+        """Run one step: copies of slots, one packed forward pass, one sampling call.
+
+        New tokens of all rows lie one after the other in a single axis, so no matrix product sees padding; only the
+        attention operator works on the padded view (B, S). Present tensors are the past tensors' own buffers: the step
+        appends in place and returns no cache. `plan_runs` may divide the pass among several session runs.
+
+        Tensors bound for the session:
+            input_ids                (T,)          int64
+            row_gather               (B, S)        int64    packed index of each chunk position
+            row_scatter              (T,)          int64    flat (b * S + s) of each packed token
+            seqlens_k, query_seqlens (B,)          int32    cache length after the step minus 1; new tokens
+            total_sequence_length    ()            int32    an upper bound, constant
+            past_key_values.{i}.*    (B, K, C, D)  cache dtype, in place, i in 0..L-1
+            logits_index             (N,)          int64    packed indices whose logits are wanted
+            logits                   (N, V)        float32  only those
+
+        Args:
+            batch: rows of any mix of prefill chunks and decodes, within `limits`.
+
+        Returns:
+            For each row its next token if the row is sampled, log-probabilities where it asked for them. Rows whose
+            logits are not finite are in `failed`.
+
+        Raises:
+            EngineError: the session failed, or the batch breaks the contract; the message names the model, and ONNX
+                Runtime's text goes to the log.
+
+        Source: com.microsoft.GroupQueryAttention, input `query_seqlens` (ONNX Runtime 1.32 schema).
+        """
+        rows = [_forward_row(row) for row in batch.rows]
+        num_prompt_positions = [_num_prompt_positions(row) for row in batch.rows]
+        wanted = [
+            _wanted(row, num_positions) for row, num_positions in zip(batch.rows, num_prompt_positions, strict=True)
+        ]
+        self._check_rows(rows)
+        for copy in batch.copies:
+            self._cache.copy(copy.source, copy.target, copy.num_tokens)
+        logits, first_logits = self._forward(rows, wanted)
+        output = StepOutput([None] * len(rows), [None] * len(rows), [[] for _ in rows])
+        self._sample(batch, wanted, logits, first_logits, output)
+        for index, num_positions in enumerate(num_prompt_positions):
+            if num_positions and index not in output.failed:
+                scored = logits[first_logits[index] : first_logits[index] + num_positions]
+                self._score_prompt(batch.rows[index], index, scored, output)
+        return output
+
+    def forward(self, rows: Sequence[ForwardRow], logits_index: Sequence[int]) -> Logits:
+        """Run one packed pass and return raw logits: what parity checks compare.
+
+        Args:
+            rows: of different slots; their tokens are packed in this order.
+            logits_index: packed indices whose logits are wanted, in any order.
+
+        Returns:
+            ``(N, V)``, a fresh array.
+
+        Raises:
+            EngineError: as `execute`.
+        """
+        self._check_rows(rows)
+        starts = np.cumsum([0, *(len(row.token_ids) for row in rows)])
+        places = np.searchsorted(starts, logits_index, side="right") - 1
+        wanted: list[list[int]] = [[] for _ in rows]
+        offsets = []
+        for place, packed in zip(places.tolist(), logits_index, strict=True):
+            offsets.append(len(wanted[place]))
+            wanted[place].append(packed - int(starts[place]))
+        logits, first_logits = self._forward(rows, wanted)
+        return logits[[first_logits[place] + offset for place, offset in zip(places.tolist(), offsets, strict=True)]]
+
+    def warm_up(self) -> None:
+        """Run the largest shapes once, so that no request pays for ONNX Runtime's first allocations.
+
+        Writes into slots that nobody holds yet: call it before the first step.
+        """
+        started_s = time.perf_counter()
+        limits = self._limits
+        self.forward([ForwardRow(0, [0] * limits.max_chunk_tokens, 0)], [0])
+        for num_rows in {1, limits.num_slots}:
+            self.forward([ForwardRow(slot, [0], 0) for slot in range(num_rows)], range(num_rows))
+        _logger.info("%s: warmed up in %.2f s", self._session.model_name, time.perf_counter() - started_s)
+
+    def close(self) -> None:
+        """Give back session and cache. Nothing may be executed afterwards."""
+        self._windows.clear()
+        self._session.close()
+        self._cache.close()
+
+    def _forward(self, rows: Sequence[ForwardRow], wanted: Sequence[Sequence[int]]) -> tuple[Logits, list[int]]:
+        """Run all rows.
+
+        Returns:
+            Logits ``(N, V)``, valid until the next call, and for each row where its own begin.
+        """
+        num_logits = sum(map(len, wanted))
+        logits = self._logits
+        if num_logits >= len(logits):
+            # Scoring prompts: every token's row, 50 MB for 256 of them. Kept only for the step.
+            logits = np.empty((num_logits + 1, self._limits.vocab_size), np.float32)
+        first_logits = [0] * len(rows)
+        end = 0
+        for run in plan_runs(rows, self._limits.num_slots, self._max_padding):
+            start = end
+            for index in run.row_indices:
+                first_logits[index] = end
+                end += len(wanted[index])
+            # A run without wanted logits writes one row behind all others.
+            self._run(run, rows, wanted, logits, start if end > start else num_logits)
+        return logits[:num_logits], first_logits
+
+    def _run(
+        self, run: Run, rows: Sequence[ForwardRow], wanted: Sequence[Sequence[int]], logits: Logits, first: int
+    ) -> None:
+        num_tokens, num_logits = self._inputs.fill(run, rows, wanted)
+        window = self._window(run.first_slot, run.num_slots)
+        is_kept = logits is self._logits
+        shapes = (num_tokens, run.chunk, num_logits, first)
+        if window.shapes != shapes or not is_kept:
+            for name, array in named_views(self._inputs, run, num_tokens, num_logits).items():
+                window.binding.bind_input(name, array)
+            window.binding.bind_output("logits", logits[first : first + num_logits])
+            window.shapes = shapes if is_kept else ()
+        window.binding.run()
+
+    def _window(self, first_slot: int, num_slots: int) -> _Window:
+        """The binding to a window of slots, with everything bound that does not change."""
+        key = (first_slot, num_slots)
+        window = self._windows.get(key)
+        if window is not None:
+            self._windows.move_to_end(key)
+            return window
+        binding = self._session.new_binding()
+        binding.bind_input("total_sequence_length", self._total_length)
+        for layer in range(self._cache.layout.num_layers):
+            keys = self._cache.keys(layer, first_slot, num_slots)
+            values = self._cache.values(layer, first_slot, num_slots)
+            # The same buffer as input and output is what tells the kernel to append in place.
+            binding.bind_input(f"past_key_values.{layer}.key", keys)
+            binding.bind_input(f"past_key_values.{layer}.value", values)
+            binding.bind_output(f"present.{layer}.key", keys)
+            binding.bind_output(f"present.{layer}.value", values)
+        window = self._windows[key] = _Window(binding)
+        if len(self._windows) > _MAX_BINDINGS:
+            self._windows.popitem(last=False)
+        return window
+
+    def _sample(
+        self,
+        batch: Batch,
+        wanted: Sequence[Sequence[int]],
+        logits: Logits,
+        first_logits: Sequence[int],
+        output: StepOutput,
+    ) -> None:
+        sampled = [
+            (first_logits[index] + len(wanted[index]) - 1, index)
+            for index, row in enumerate(batch.rows)
+            if row.is_sampled
+        ]
+        if not sampled:
+            return
+        sampled.sort()
+        if len(sampled) < len(logits):  # the others belong to prompts that are scored
+            logits = logits[[place for place, _ in sampled]]
+        samples = self._sampler.sample(logits, [batch.rows[index].sequence for _, index in sampled])
+        for place, (_, index) in enumerate(sampled):
+            output.token_ids[index] = samples.token_ids[place]
+            output.logprobs[index] = samples.logprobs[place]
+            if place in samples.failed:
+                output.failed[index] = samples.failed[place]
+
+    def _score_prompt(self, row: BatchRow, index: int, logits: Logits, output: StepOutput) -> None:
+        sequence = row.sequence
+        num_top = sequence.request.num_prompt_logprobs or 0
+        if not np.isfinite(logits.max(axis=1)).all():
+            output.failed[index] = "the model's output for this prompt is not finite"
+            return
+        first = sequence.num_computed_tokens + 1
+        scored: list[TokenLogprobs] = [
+            token_logprobs(values, token_id, num_top)
+            for values, token_id in zip(logits, sequence.token_ids[first : first + len(logits)], strict=True)
+        ]
+        output.prompt_logprobs[index] = scored
+
+    def _check_rows(self, rows: Sequence[ForwardRow]) -> None:
+        """Refuse what the kernel would refuse, or worse, accept.
+
+        Raises:
+            EngineError: no rows, a slot twice or outside of the pool, tokens beyond a limit.
+        """
+        limits = self._limits
+        slots = [row.slot for row in rows]
+        reason = None
+        if not rows or len(set(slots)) < len(slots) or min(slots) < 0 or max(slots) >= limits.num_slots:
+            reason = f"slots {slots} are not different ones of {limits.num_slots}"
+        for row in rows:
+            count = len(row.token_ids)
+            if not 1 <= count <= limits.max_chunk_tokens or not 0 <= row.num_past <= limits.max_model_len - count:
+                reason = f"{count} tokens after {row.num_past} exceed a limit"
+        if reason:
+            raise EngineError(f"model {self._session.model_name} was given a batch that breaks its limits: {reason}")
+
+
+def _forward_row(row: BatchRow) -> ForwardRow:
+    sequence, num_past = row.sequence, row.sequence.num_computed_tokens
+    return ForwardRow(sequence.slot, sequence.token_ids[num_past : num_past + row.num_new_tokens], num_past)
+
+
+def _num_prompt_positions(row: BatchRow) -> int:
+    """New tokens of the row that predict a prompt token whose log-probability is wanted: the first so many."""
+    sequence = row.sequence
+    if sequence.request.num_prompt_logprobs is None:
+        return 0
+    return max(0, min(row.num_new_tokens, sequence.num_prompt_tokens - 1 - sequence.num_computed_tokens))
+
+
+def _wanted(row: BatchRow, num_prompt_positions: int) -> Sequence[int]:
+    """Positions among the row's new tokens whose logits are wanted, the sampled one last."""
+    if not row.is_sampled:
+        return range(num_prompt_positions)
+    return [*range(num_prompt_positions), row.num_new_tokens - 1]
+
+
+def _check_graph(session: Session, model: LanguageModel, limits: RunnerLimits) -> None:
+    """Raise ConfigError unless the graph follows the packed-step contract in the manifest's sizes."""
+    small = ("input_ids", "row_gather", "row_scatter", "seqlens_k", "query_seqlens", "total_sequence_length")
+    sides = [f"{layer}.{side}" for layer in range(model.kv.num_layers) for side in ("key", "value")]
+    needed = {*small, "logits_index", *(f"past_key_values.{side}" for side in sides)}
+    if session.inputs.keys() != needed or session.outputs.keys() != {"logits", *(f"present.{side}" for side in sides)}:
+        odd = sorted(needed ^ session.inputs.keys()) or sorted(session.outputs)
+        raise ConfigError(f"is no decoder in the packed-step contract: see {', '.join(odd[:4])}", file="model.onnx")
+    cache = session.inputs["past_key_values.0.key"]
+    if cache.datatype != DATATYPES[model.kv.datatype] or (cache.shape[1], cache.shape[3]) != (
+        model.kv.num_kv_heads,
+        model.kv.head_size,
+    ):
+        raise ConfigError(
+            f"says {cache.datatype.name} {cache.shape}, unlike the manifest", file="model.onnx", field="kv"
+        )
+    if session.outputs["logits"].shape[-1] != model.vocab_size or limits.vocab_size != model.vocab_size:
+        raise ConfigError("is not the vocabulary of manifest and limits", file="model.onnx", field="logits")
+    if not 0 < limits.max_chunk_tokens <= limits.max_model_len <= model.max_model_len or limits.num_slots < 1:
+        raise ConfigError(
+            f"{limits.num_slots} slots, {limits.max_chunk_tokens} tokens a chunk and {limits.max_model_len} positions "
+            f"do not fit a model of {model.max_model_len}",
+            field="max_model_len",
+        )

@@ -1,0 +1,143 @@
+"""How the rows of a step become session runs, and each run the tensors of the packed-step contract.
+
+Floor 3. Pure numpy: no session, no cache, no sequences.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(slots=True, frozen=True)
+class ForwardRow:
+    """New tokens of one slot."""
+
+    slot: int
+    token_ids: Sequence[int]
+    """At least one."""
+    num_past: int
+    """Positions of the slot that are computed already; the new tokens follow them."""
+
+
+@dataclass(slots=True)
+class Run:
+    """Rows that go through the session together, and the window of neighbouring slots that is bound for them."""
+
+    row_indices: list[int]
+    first_slot: int
+    num_slots: int
+    """B: rows of the padded view. Slots of the window without a row in the run are idle."""
+    chunk: int
+    """S."""
+
+    def num_padding(self, num_tokens: int) -> int:
+        """Positions of the padded view that hold no token."""
+        return self.num_slots * self.chunk - num_tokens
+
+
+def plan_runs(rows: Sequence[ForwardRow], num_slots: int, max_padding: int) -> list[Run]:
+    """Divide a step's rows among session runs so that little time goes into padding.
+
+    Every run reads all weights once, which costs a fixed time; every padded position costs some too (gathers, and the
+    attention operator's own rows). So rows share a run while that adds at most `max_padding` positions; from there on
+    another run is cheaper. Rows with one token always share one, at no cost: with S = 1 idle slots are skipped (8 rows
+    in a window of 32 take the time of 8 in 8), so their window is the pool's shortest power-of-two prefix, which keeps
+    the number of windows, and with it of bindings, small.
+
+    Returns:
+        Runs, shortest chunks first; each row in exactly one.
+    """
+    singles = [index for index, row in enumerate(rows) if len(row.token_ids) == 1]
+    chunks = sorted((len(row.token_ids), row.slot, index) for index, row in enumerate(rows) if len(row.token_ids) > 1)
+    runs: list[Run] = []
+    if singles:
+        runs.append(_prefix(singles, max(rows[index].slot for index in singles), num_slots))
+    num_tokens = len(singles)
+    for length, slot, index in chunks:
+        if runs:
+            joined = _join(runs[-1], rows, index)
+            if joined.num_padding(num_tokens + length) - runs[-1].num_padding(num_tokens) <= max_padding:
+                runs[-1], num_tokens = joined, num_tokens + length
+                continue
+        runs.append(Run([index], slot, 1, length))
+        num_tokens = length
+    return runs
+
+
+def _prefix(row_indices: list[int], last_slot: int, num_slots: int) -> Run:
+    return Run(row_indices, 0, min(1 << last_slot.bit_length(), num_slots), 1)
+
+
+def _join(run: Run, rows: Sequence[ForwardRow], index: int) -> Run:
+    indices = [*run.row_indices, index]
+    slots = [rows[row_index].slot for row_index in indices]
+    first_slot = min(slots)
+    return Run(indices, first_slot, max(slots) + 1 - first_slot, max(run.chunk, len(rows[index].token_ids)))
+
+
+class PackedInputs:
+    """The small inputs of a run, in arrays that stay where they are, so that bindings to them stay good.
+
+    Args:
+        num_slots: B at most.
+        max_chunk_tokens: S at most.
+    """
+
+    def __init__(self, num_slots: int, max_chunk_tokens: int) -> None:
+        max_tokens = num_slots * max_chunk_tokens
+        self.input_ids = np.zeros(max_tokens, np.int64)
+        self.row_gather = np.zeros(max_tokens, np.int64)
+        self.row_scatter = np.zeros(max_tokens, np.int64)
+        self.seqlens_k = np.zeros(num_slots, np.int32)
+        self.query_seqlens = np.zeros(num_slots, np.int32)
+        self.logits_index = np.zeros(max_tokens, np.int64)
+
+    def fill(self, run: Run, rows: Sequence[ForwardRow], wanted: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """Write the inputs of a run at the start of each array.
+
+        `wanted` says of each of the step's rows which of its new tokens' logits to compute. An idle slot gets
+        ``seqlens_k`` 0 and ``query_seqlens`` 0: one past token, none new, which satisfies past + S <= C as every row
+        must, whatever the slot really holds.
+
+        Returns:
+            T and N. N is at least 1, since the graph cannot do with none.
+        """
+        mine = [rows[index] for index in run.row_indices]
+        counts = np.array([len(row.token_ids) for row in mine])
+        places = np.array([row.slot for row in mine]) - run.first_slot
+        starts = counts.cumsum() - counts
+        num_tokens = int(counts.sum())
+        self.input_ids[:num_tokens] = [token_id for row in mine for token_id in row.token_ids]
+        self.row_scatter[:num_tokens] = np.arange(num_tokens) + np.repeat(places * run.chunk - starts, counts)
+        self.row_gather[: run.num_slots * run.chunk] = 0
+        self.row_gather[self.row_scatter[:num_tokens]] = np.arange(num_tokens)
+        self.seqlens_k[: run.num_slots] = 0
+        self.seqlens_k[places] = counts + [row.num_past - 1 for row in mine]
+        self.query_seqlens[: run.num_slots] = 0
+        self.query_seqlens[places] = counts
+        index = [
+            start + position
+            for start, row_index in zip(starts.tolist(), run.row_indices, strict=True)
+            for position in wanted[row_index]
+        ]
+        self.logits_index[: len(index)] = index
+        if not index:
+            self.logits_index[0] = num_tokens - 1
+        return num_tokens, max(len(index), 1)
+
+
+def named_views(
+    inputs: PackedInputs, run: Run, num_tokens: int, num_logits: int
+) -> dict[str, npt.NDArray[np.int64] | npt.NDArray[np.int32]]:
+    """The arrays by the names of the contract, in the shapes of the run."""
+    padded = inputs.row_gather[: run.num_slots * run.chunk].reshape(run.num_slots, run.chunk)
+    return {
+        "input_ids": inputs.input_ids[:num_tokens],
+        "row_gather": padded,
+        "row_scatter": inputs.row_scatter[:num_tokens],
+        "seqlens_k": inputs.seqlens_k[: run.num_slots],
+        "query_seqlens": inputs.query_seqlens[: run.num_slots],
+        "logits_index": inputs.logits_index[:num_logits],
+    }
