@@ -1,0 +1,67 @@
+"""How the prompts that are being prefilled share what a step has left beside its decodes. Floor 3."""
+
+import collections.abc
+import math
+from dataclasses import dataclass
+
+from sardonyx.core import Sequence
+from sardonyx.engine.step_cost import StepCost
+
+_OLDEST_SHARE = 4
+"""One part in so many belongs to the oldest prompt."""
+
+
+@dataclass(slots=True, frozen=True)
+class ChunkLimits:
+    """What prompt chunks may take of one step."""
+
+    max_chunk_tokens: int
+    """One sequence at most."""
+    max_tokens: int
+    """All together at most; at least 1."""
+    max_s: float
+    """All together at most, in seconds of the step; infinity where nobody decodes."""
+    min_tokens: int
+    """Where `max_s` allows less than this, all together get this instead."""
+    min_oldest_tokens: int
+    """The oldest at least, whatever `max_s` says: its guard."""
+
+
+def divide_chunks(sequences: collections.abc.Sequence[Sequence], limits: ChunkLimits, cost: StepCost) -> list[int]:
+    """Decide how many tokens of each prompt this step computes.
+
+    A quarter of the step's room, and at least one token, is the oldest prompt's. The rest goes to the prompt with the
+    fewest tokens to go, then to the next (of equals the older first): a short prompt passes a long one, and equal ones
+    finish one after the other in order of arrival. As the oldest advances in every step and every prompt becomes the
+    oldest, none waits for ever.
+
+    Args:
+        sequences: prompts in prefill, oldest first; not empty.
+        limits: the room. `min_tokens` and `min_oldest_tokens` may go beyond `max_s`, nothing beyond the other two.
+        cost: what a chunk costs after so many cached tokens.
+
+    Returns:
+        Tokens by sequence; 0 where it has to sit this step out.
+    """
+    oldest = sequences[0]
+    num_past = oldest.num_computed_tokens
+    max_tokens, max_s = limits.max_tokens, limits.max_s
+    if cost.max_chunk_tokens(num_past, max_s) < limits.min_tokens:
+        max_tokens, max_s = min(max_tokens, limits.min_tokens), math.inf
+    chunks = [0] * len(sequences)
+
+    def room(i: int) -> int:
+        return min(sequences[i].num_pending_tokens, limits.max_chunk_tokens) - chunks[i]
+
+    share, share_s = max(1, max_tokens // _OLDEST_SHARE), max_s / _OLDEST_SHARE
+    chunk = max(1, min(share, cost.max_chunk_tokens(num_past, share_s)), limits.min_oldest_tokens)
+    chunks[0] = min(chunk, limits.max_tokens, room(0))
+    num_left = min(max_tokens - min(chunks[0], share), limits.max_tokens - chunks[0])
+    left_s = max_s - min(share_s, cost.chunk_s(num_past, chunks[0]))
+    for i in sorted(range(len(sequences)), key=lambda i: sequences[i].num_pending_tokens):
+        num_past = sequences[i].num_computed_tokens + chunks[i]
+        num_more = min(room(i), num_left, cost.max_chunk_tokens(num_past, left_s))
+        chunks[i] += num_more
+        num_left -= num_more
+        left_s -= cost.chunk_s(num_past, num_more)
+    return chunks

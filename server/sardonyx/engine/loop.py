@@ -1,0 +1,296 @@
+"""One thread per model that runs its steps: schedule, execute, update, deliver.
+
+Floor 3. It decides nothing about the steps themselves; that is the policy's. Its promise to whoever submits: every
+request that was taken gets exactly one event with a finish reason, whatever happens to the step, the runner or the
+loop.
+"""
+
+import logging
+import random
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from sardonyx.core import Batch, FinishReason, Request, Runner, Sequence, SequenceEvent, StepOutput
+from sardonyx.engine.stats import STEP_S_BOUNDS, LoopStats, PolicyStats
+from sardonyx.errors import EngineDead, EngineError, InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+
+class Policy(Protocol):
+    """Decides what the next step is. Used by the loop's thread only, but for `check`.
+
+    The loop calls ``schedule``, then, if that gave a batch, ``update`` or ``fail``, then ``take_events``; ``add`` and
+    ``abort`` come before ``schedule``, never while a batch is out.
+    """
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that can never run. Any thread, at any time: it reads nothing that changes.
+
+        Raises:
+            InvalidRequest: it cannot run.
+        """
+        ...
+
+    def add(self, sequence: Sequence) -> None:
+        """Take over a new sequence."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """End a sequence as CANCELLED; unknown and ended ones are ignored."""
+        ...
+
+    def schedule(self, now_s: float) -> Batch | None:
+        """The next step, or ``None`` when there is nothing to run until the next `add`."""
+        ...
+
+    def update(self, batch: Batch, output: StepOutput, now_s: float) -> None:
+        """The step is done."""
+        ...
+
+    def fail(self, batch: Batch, error: str) -> None:
+        """The step failed; `error` may be shown to callers."""
+        ...
+
+    def take_events(self) -> list[SequenceEvent]:
+        """What happened since the last call."""
+        ...
+
+    def stats(self) -> PolicyStats: ...
+
+
+@dataclass(slots=True)
+class _Steps:
+    num_steps: int = 0
+    num_failed_steps: int = 0
+    last_step_s: float = 0.0
+    last_step_tokens: int = 0
+    last_step_rows: int = 0
+    step_tokens: int = 0
+    step_s_sum: float = 0.0
+    step_s_counts: list[int] = field(default_factory=lambda: [0] * (len(STEP_S_BOUNDS) + 1))
+
+    def count(self, batch: Batch, step_s: float, *, has_failed: bool) -> None:
+        self.num_steps += 1
+        self.num_failed_steps += has_failed
+        self.last_step_s = step_s
+        self.last_step_tokens = batch.num_tokens
+        self.last_step_rows = len(batch.rows)
+        self.step_tokens += self.last_step_tokens
+        self.step_s_sum += step_s
+        self.step_s_counts[bisect_left(STEP_S_BOUNDS, step_s)] += 1
+
+
+class StepLoop:
+    """Runs one model's steps in a thread of its own; blocks without waking up while there is no work.
+
+    Args:
+        name: of the model, for messages.
+        policy: belongs to the loop from now on.
+        runner: belongs to the loop from now on; `close` closes it.
+        deliver: called in the loop's thread with all events of a step. It must return at once and never raise.
+        clock: monotonic seconds.
+        max_failed_steps: so many steps failed one after the other are a broken runner, not bad luck: the loop dies.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        policy: Policy,
+        runner: Runner,
+        deliver: Callable[[list[SequenceEvent]], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        max_failed_steps: int = 5,
+    ) -> None:
+        self._name = name
+        self._policy = policy
+        self._runner = runner
+        self._deliver = deliver
+        self._clock = clock
+        self._max_failed_steps = max_failed_steps
+        self._thread = threading.Thread(target=self._run, name=f"step-loop-{name}", daemon=True)
+        self._is_idle = True
+        self._num_failed_in_a_row = 0
+        # Guards all below; held for moments only, never while a step or a callback runs.
+        self._changed = threading.Condition()
+        self._is_open = False
+        self._is_closing = False
+        self._inbox: list[Sequence | str] = []
+        self._live: dict[str, None] = {}
+        self._progress_s = 0.0
+        self._num_queued = 0
+        self._policy_stats = policy.stats()
+        self._steps = _Steps()
+
+    def start(self) -> None:
+        """Start the thread. Once, and not after `close`."""
+        with self._changed:
+            self._is_open = True
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Requests are taken."""
+        return self._is_open
+
+    @property
+    def num_steps(self) -> int:
+        """Steps executed, failed ones among them."""
+        return self._steps.num_steps
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Any thread.
+
+        Raises:
+            InvalidRequest: the policy refuses it, or its id is in use.
+            EngineDead: the loop is not running.
+        """
+        self._policy.check(request)
+        sequence = Sequence(
+            request=request,
+            seed=random.getrandbits(63) if request.sampling.seed is None else request.sampling.seed,
+            arrival_s=self._clock(),
+            token_ids=list(request.prompt_ids),
+        )
+        with self._changed:
+            if not self._is_open:
+                raise EngineDead(f"the engine of {self._name} has stopped")
+            if request.id in self._live:
+                raise InvalidRequest("a request with this id is running")
+            if not self._live:
+                self._progress_s = sequence.arrival_s
+            self._live[request.id] = None
+            self._inbox.append(sequence)
+            self._num_queued += 1
+            self._changed.notify()
+
+    def abort(self, request_id: str) -> None:
+        """End a request as CANCELLED before the next step. Any thread; unknown and ended ids are ignored."""
+        with self._changed:
+            if request_id in self._live:
+                self._inbox.append(request_id)
+                self._changed.notify()
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """Finish the step that runs, end everything else as CANCELLED, and close the runner. Any thread but the loop's.
+
+        A step that does not return within `timeout_s` is left behind with its thread and its runner; its requests end.
+        """
+        with self._changed:
+            self._is_open = False
+            is_first, self._is_closing = not self._is_closing, True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        self._end_all(FinishReason.CANCELLED)
+        if self._thread.is_alive():
+            logger.critical("%s: a step still runs after %.0f s; its thread is left behind", self._name, timeout_s)
+        elif is_first:
+            self._runner.close()
+
+    def stats(self) -> LoopStats:
+        """A consistent snapshot. Any thread."""
+        now_s = self._clock()
+        with self._changed:
+            policy = self._policy_stats
+            steps = asdict(self._steps)
+            num_queued = self._num_queued
+            has_work, progress_s, is_alive = bool(self._live), self._progress_s, self._is_open
+        counts = msgspec.structs.asdict(policy)
+        counts["num_waiting"] += num_queued
+        steps["step_s_counts"] = tuple(steps["step_s_counts"])
+        stalled_s = max(0.0, now_s - progress_s) if has_work else 0.0
+        return LoopStats(**counts, **steps, is_alive=is_alive, has_work=has_work, stalled_s=stalled_s)
+
+    def _run(self) -> None:
+        end: tuple[FinishReason, str | None] = (FinishReason.ERROR, f"the engine of {self._name} has stopped")
+        try:
+            while self._apply_inbox():
+                self._step()
+            end = (FinishReason.CANCELLED, None)
+        except Exception:
+            logger.exception("%s: the step loop died", self._name)
+        finally:
+            self._end_all(*end)
+
+    def _apply_inbox(self) -> bool:
+        """Hand what callers want to the policy, waiting for something to do first; false when it is time to go."""
+        with self._changed:
+            while self._is_idle and not self._inbox and not self._is_closing:
+                self._changed.wait()
+            if self._is_closing:
+                return False
+            commands, self._inbox = self._inbox, []
+        for command in commands:
+            if isinstance(command, Sequence):
+                self._policy.add(command)
+            else:
+                self._policy.abort(command)
+        return True
+
+    def _step(self) -> None:
+        start_s = self._clock()
+        batch = self._policy.schedule(start_s)
+        self._is_idle = batch is None
+        self._publish()
+        if batch is not None:
+            error = self._execute(batch)
+            self._num_failed_in_a_row = self._num_failed_in_a_row + 1 if error else 0
+            self._publish(batch, start_s, has_failed=error is not None)
+        self._deliver_live(self._policy.take_events())
+        if self._num_failed_in_a_row >= self._max_failed_steps:
+            raise EngineDead(f"{self._num_failed_in_a_row} steps failed one after the other")
+
+    def _execute(self, batch: Batch) -> EngineError | None:
+        try:
+            output = self._runner.execute(batch)
+        except EngineError as error:
+            logger.error("%s: a step of %d rows failed: %s", self._name, len(batch.rows), error.message)
+            self._policy.fail(batch, error.message)
+            return error
+        self._policy.update(batch, output, self._clock())
+        return None
+
+    def _publish(self, batch: Batch | None = None, start_s: float = 0.0, *, has_failed: bool = False) -> None:
+        """Renew what `stats` shows; with a batch, count its step."""
+        policy_stats, now_s = self._policy.stats(), self._clock()
+        with self._changed:
+            self._policy_stats = policy_stats
+            self._num_queued = sum(isinstance(command, Sequence) for command in self._inbox)
+            if batch is not None:
+                self._progress_s = now_s
+                self._steps.count(batch, now_s - start_s, has_failed=has_failed)
+
+    def _deliver_live(self, events: list[SequenceEvent]) -> None:
+        """Deliver the events of requests that have not ended, and note which end now."""
+        passed = []
+        with self._changed:
+            for event in events:
+                if event.request_id not in self._live:
+                    continue
+                passed.append(event)
+                if event.finish_reason is not None:
+                    del self._live[event.request_id]
+        if passed:
+            self._deliver(passed)
+
+    def _end_all(self, reason: FinishReason, error: str | None = None) -> None:
+        """Take no more requests and end those there are. Any thread; whoever comes first ends them."""
+        with self._changed:
+            self._is_open = False
+            live, self._live = self._live, {}
+            self._inbox.clear()
+            self._num_queued = 0
+            self._policy_stats = msgspec.structs.replace(self._policy_stats, num_waiting=0, num_running=0, kv_usage=0.0)
+        if live:
+            try:
+                self._deliver([SequenceEvent(request_id=each, finish_reason=reason, error=error) for each in live])
+            except Exception:
+                logger.exception("%s: the last events were not delivered", self._name)
