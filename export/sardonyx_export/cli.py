@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from sardonyx.errors import EngineError
 from sardonyx_export.errors import ExportError
 from sardonyx_export.plan import Plan
+from sardonyx_export.request import ExportRequest, ExportResult, find_existing
 
 export = App(
     name="sardonyx export",
@@ -62,9 +63,6 @@ def run(
     del target  # one today; the flag is there so that scripts can say it
     if force and if_missing:
         raise ExportError("--force and --if-missing exclude each other")
-    # Imported here: opening ONNX Runtime takes most of a second, which --help need not wait for.
-    from sardonyx_export.pipeline import ExportRequest, run_export
-
     request = ExportRequest(
         source=source,
         repository=repository,
@@ -72,28 +70,34 @@ def run(
         precision=precision,
         max_model_len=max_model_len,
         sha256=sha256,
-        if_exists="add" if force else "keep" if if_missing else "refuse",
+        adds_version=force,
     )
-    console = Console(stderr=True)
-    console.print(f"Opening {source}", highlight=False, markup=False)
+    console = Console(stderr=True, highlight=False, markup=False)
+    result = find_existing(request) if if_missing else None
+    if result is not None:
+        console.print(f"{result.name} is there already, from {source}")
+    else:
+        result = _export(request, console)
+        parity = result.manifest.parity[0]
+        console.print(
+            f"Agrees with the source: {parity.top1_agreement:.1%} of {parity.num_positions} likeliest tokens, "
+            f"mean KL {parity.mean_kl:.2g} nats"
+        )
+    sys.stdout.write(f"{result.path}\n")
+
+
+def _export(request: ExportRequest, console: Console) -> ExportResult:
+    # Imported here: ONNX and ONNX Runtime take a second or two, which --help and --if-missing need not wait for.
+    from sardonyx_export.pipeline import run_export
+
+    console.print(f"Opening {request.source}")
     try:
         with _progress(console) as view:
-            result = run_export(request, progress=view.update, announce=view.announce)
+            return run_export(request, progress=view.update, announce=view.announce)
     except EngineError as error:
         raise ExportError(f"the exported graph does not run: {error}. Nothing was published") from error
     except OSError as error:  # a full disk, a folder without permission
         raise ExportError(error.strerror or str(error), file=error.filename) from error
-    if not result.is_new:
-        console.print(f"{result.name} is there already, from this source", highlight=False, markup=False)
-    else:
-        parity = result.manifest.parity[0]
-        console.print(
-            f"Agrees with the source: {parity.top1_agreement:.1%} of {parity.num_positions} likeliest tokens, "
-            f"mean KL {parity.mean_kl:.4f}",
-            highlight=False,
-            markup=False,
-        )
-    sys.stdout.write(f"{result.path}\n")
 
 
 class _View:
@@ -108,9 +112,7 @@ class _View:
         stored = ", ".join(plan.storage)
         self._console.print(
             f"{plan.name}: {plan.architecture}, {plan.num_parameters / 1e6:,.0f} M weights ({stored}) -> "
-            f"{plan.precision}, about {plan.estimated_bytes / 1e6:,.0f} MB, {plan.max_model_len:,} tokens",
-            highlight=False,
-            markup=False,
+            f"{plan.precision}, about {plan.estimated_bytes / 1e6:,.0f} MB, {plan.max_model_len:,} tokens"
         )
 
     def update(self, stage: str, done: int, total: int) -> None:
@@ -119,7 +121,7 @@ class _View:
             self._bars.start()
             self._tasks[stage] = self._bars.add_task(_TITLES.get(stage, stage), total=total)
             if not self._console.is_terminal:  # no bars in a log: a line says what takes long
-                self._console.print(_TITLES.get(stage, stage), highlight=False, markup=False)
+                self._console.print(_TITLES.get(stage, stage))
         self._bars.update(self._tasks[stage], completed=done, total=total)
 
 

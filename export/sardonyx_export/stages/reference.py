@@ -4,7 +4,7 @@ Shares nothing with the graph builder but `DecoderSpec`, and nothing with ONNX R
 float32 at a time, so it needs little memory whatever the model's size, and reads each tensor once for all prompts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,19 @@ from sardonyx_export.spec import DecoderSpec, Rope
 Array = npt.NDArray[np.float32]
 
 
-def reference_logits(checkpoint: Checkpoint, spec: DecoderSpec, prompts: Sequence[Sequence[int]]) -> list[Array]:
+def reference_logits(
+    checkpoint: Checkpoint,
+    spec: DecoderSpec,
+    prompts: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Array]:
     """Logits after every token of every prompt.
 
     Args:
         checkpoint: the weights, dequantised as they are read.
         spec: what they mean.
         prompts: token ids, each prompt of its own length.
+        progress: called with layers done and layers in all.
 
     Returns:
         One (length, V) float32 array for each prompt.
@@ -29,7 +35,7 @@ def reference_logits(checkpoint: Checkpoint, spec: DecoderSpec, prompts: Sequenc
     Raises:
         ExportError: a tensor is missing or cannot be read.
     """
-    return _Reference(checkpoint, spec, [len(prompt) for prompt in prompts]).run(np.concatenate(prompts))
+    return _Reference(checkpoint, spec, [len(prompt) for prompt in prompts]).run(np.concatenate(prompts), progress)
 
 
 class _Reference:
@@ -41,10 +47,11 @@ class _Reference:
         self._ends = np.cumsum(lengths)
         self._positions = np.concatenate([np.arange(length) for length in lengths])
 
-    def run(self, token_ids: npt.NDArray[np.int64]) -> list[Array]:
+    def run(self, token_ids: npt.NDArray[np.int64], progress: Callable[[int, int], None]) -> list[Array]:
         spec, names = self._spec, self._spec.names
         x = self._read(f"{names.embedding}.weight")[token_ids] * np.float32(spec.embedding_scale)
         for i in range(len(spec.layers)):
+            progress(i, len(spec.layers))
             layer = f"model.layers.{i}."
             h = self._norm(x, layer + names.attention_norm)
             x = x + self._branch(self._attention(h, i), layer, names.attention_post_norm)
@@ -54,6 +61,7 @@ class _Reference:
         head = names.embedding if spec.tied_head else names.head
         logits = x @ self._read(f"{head}.weight").T
         logits *= np.float32(spec.logits_scale)
+        progress(len(spec.layers), len(spec.layers))
         return np.split(_soft_cap(logits, spec.logits_softcap), self._ends[:-1])
 
     def _attention(self, h: Array, index: int) -> Array:

@@ -7,43 +7,9 @@ from pathlib import Path
 
 import pytest
 from tests.export.checkpoints import write_llama_folder
+from tests.export.published import PARITY, publish
 
 from sardonyx.repository.layout import Repository, check_files, read_manifest
-from sardonyx.repository.manifest import KvLayout, LanguageModel, Parity
-from sardonyx_export.plan import make_plan
-from sardonyx_export.sources.safetensors_folder import SafetensorsFolder
-from sardonyx_export.stages.publish import config_text, write_version
-
-_LLM = LanguageModel(
-    vocab_size=300,
-    max_model_len=256,
-    kv=KvLayout(num_layers=2, num_kv_heads=2, head_size=16),
-    eos_token_ids=[2],
-)
-_PARITY = Parity(
-    reference="r", max_abs_error=0.0, mean_kl=0.0, top1_agreement=1.0, num_positions=1, tolerance="none needed"
-)
-
-
-def publish(root: Path, source: Path, content: bytes) -> int:
-    """Publish a version whose graph is `content`, as the pipeline does after it has built and verified one."""
-    checkpoint = SafetensorsFolder(source, uri="tiny")
-    plan = make_plan(checkpoint, name="tiny")
-    repository = Repository(root)
-    with repository.staging("tiny") as folder:
-        (folder / "model.onnx").write_bytes(content)
-        (folder / "model.onnx.data").write_bytes(content * 100)
-        write_version(
-            folder,
-            checkpoint,
-            plan,
-            revision=None,
-            graphs={"decoder": ["model.onnx", "model.onnx.data"]},
-            weights="F32 -> int8",
-            llm=_LLM,
-            parity=[_PARITY],
-        )
-        return repository.publish("tiny", folder, config_text(plan))
 
 
 def test_the_manifest_vouches_for_every_file_and_says_where_they_came_from(tmp_path: Path) -> None:
@@ -62,7 +28,7 @@ def test_the_manifest_vouches_for_every_file_and_says_where_they_came_from(tmp_p
     assert manifest.source.licence == "mit"
     assert manifest.source.weights == "F32 -> int8"
     assert manifest.precision == "int8"
-    assert manifest.parity == [_PARITY]
+    assert manifest.parity == [PARITY]
     assert {"sardonyx", "onnx", "onnxruntime", "gguf", "numpy"} <= set(manifest.tools)
     assert manifest.created.endswith("Z")
 
@@ -84,7 +50,7 @@ def test_a_new_model_gets_a_config_and_an_edited_one_is_kept(tmp_path: Path) -> 
 _DRIVER = """
 import io, json, os, sys
 from pathlib import Path
-from tests.export.stages.test_publish import publish
+from tests.export.published import publish
 from sardonyx.repository.layout import Repository, check_files, read_manifest
 
 root, source, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
