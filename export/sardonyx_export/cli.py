@@ -72,7 +72,7 @@ def run(
         sha256=sha256,
         adds_version=force,
     )
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     result = find_existing(request) if if_missing else None
     if result is not None:
         console.print(f"{result.name} is there already, from {source}")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sardonyx.repository.layout import Repository, validate_model_name
-from sardonyx.repository.manifest import KvLayout, LanguageModel, Parity
+from sardonyx.repository.manifest import LanguageModel, Parity
 from sardonyx.runtime.session import configure_threads
 from sardonyx_export.builders.decoder import BuildOptions, BuildReport, build_decoder
 from sardonyx_export.checkpoint import Checkpoint
@@ -61,7 +61,7 @@ def run_export(request: ExportRequest, *, progress: Progress, announce: Callable
             opened.checkpoint,
             plan,
             revision=opened.revision,
-            graphs={"decoder": report.files},
+            graphs={"decoder": [file.name for file in report.files]},
             weights=report.weights,
             llm=llm,
             parity=[parity],
@@ -81,9 +81,9 @@ def _build_and_verify(
     options = BuildOptions(precision=plan.precision, max_model_len=plan.max_model_len, target=plan.target)
     report = build_decoder(checkpoint, folder, options, lambda done, total: progress("build", done, total))
     llm = LanguageModel(
-        vocab_size=spec.vocab_size,
-        max_model_len=spec.max_model_len,
-        kv=KvLayout(num_layers=len(spec.layers), num_kv_heads=spec.num_kv_heads, head_size=spec.head_size),
+        vocab_size=report.vocab_size,
+        max_model_len=report.max_model_len,
+        kv=report.kv,
         bos_token_id=special.bos,
         eos_token_ids=special.eos,
         pad_token_id=special.pad,
@@ -92,7 +92,7 @@ def _build_and_verify(
     # The reference comes first and leaves only its logits: its weights and the session's are never held at once.
     reference = reference_logits(checkpoint, spec, prompts, lambda done, total: progress("verify", done, total))
     configure_threads(os.cpu_count() or 1, allow_spinning=False)
-    measured = run_graph(folder / report.files[0], llm, prompts)
+    measured = run_graph(report.files[0], llm, prompts)
     return report, llm, compare(reference, measured, plan.precision)
 
 

@@ -14,7 +14,8 @@ Precision = Literal["fp32", "int8", "int4"]
 _BYTES_PER_WEIGHT = {"fp32": 4.0, "int8": 1.125, "int4": 0.625}
 """With a float32 scale for every 32 weights."""
 _COARSE_STORAGE_PREFIXES = ("Q2", "Q3", "Q4", "IQ", "TQ", "MXFP4", "NVFP4")
-_EMBEDDING = "model.embed_tokens.weight"
+_ENDS = ("model.embed_tokens.weight", "lm_head.weight")
+"""Kept at 8 bits in an int4 graph."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,15 +57,18 @@ def make_plan(
     if max_model_len is not None and not 1 <= max_model_len <= context:
         raise ExportError(f"is {max_model_len:,}; this model takes 1 to {context:,}", field="--max-model-len")
     storage: Counter[str] = Counter()
-    matrices: Counter[bool] = Counter()
+    num_coarse = num_weights = 0
     for tensor_name in checkpoint.names():
         tensor = checkpoint.tensor(tensor_name)
         size = math.prod(tensor.shape)
         storage[tensor.storage] += size
-        if len(tensor.shape) > 1 and tensor_name != _EMBEDDING:
-            matrices[tensor.storage.startswith(_COARSE_STORAGE_PREFIXES)] += size
-    chosen: Precision = precision if precision != "auto" else "int4" if matrices[True] > matrices[False] else "int8"
+        if len(tensor.shape) > 1 and tensor_name not in _ENDS:
+            num_weights += size
+            num_coarse += size if tensor.storage.startswith(_COARSE_STORAGE_PREFIXES) else 0
+    chosen: Precision = precision if precision != "auto" else "int4" if num_coarse > num_weights / 2 else "int8"
     num_parameters = storage.total()
+    estimate = num_weights * _BYTES_PER_WEIGHT[chosen]
+    estimate += (num_parameters - num_weights) * _BYTES_PER_WEIGHT["fp32" if chosen == "fp32" else "int8"]
     return Plan(
         name=name,
         architecture=checkpoint.config["architectures"][0],
@@ -72,5 +76,5 @@ def make_plan(
         max_model_len=max_model_len or context,
         num_parameters=num_parameters,
         storage=dict(storage.most_common()),
-        estimated_bytes=int(num_parameters * _BYTES_PER_WEIGHT[chosen]),
+        estimated_bytes=int(estimate),
     )

@@ -61,10 +61,13 @@ class Tolerance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 TOLERANCES: dict[Precision, Tolerance] = {
-    "fp32": Tolerance(max_relative_error=1e-3, mean_kl=1e-4, top1_agreement=0.99),
-    "int8": Tolerance(max_relative_error=np.inf, mean_kl=0.02, top1_agreement=0.9),
-    "int4": Tolerance(max_relative_error=np.inf, mean_kl=0.15, top1_agreement=0.75),
+    "fp32": Tolerance(max_relative_error=1e-4, mean_kl=1e-6, top1_agreement=0.99),
+    "int8": Tolerance(max_relative_error=np.inf, mean_kl=0.03, top1_agreement=0.85),
+    "int4": Tolerance(max_relative_error=np.inf, mean_kl=0.3, top1_agreement=0.5),
 }
+"""Measured on SmolLM2-135M (Q4_1): fp32 3e-6 of the largest logit; int8 0.007 nats and 96 %; int4 with the source's own
+blocks 3e-8 nats. Random weights, whose distributions are flat: int8 0.0004 nats and 95 %; int4 0.04 nats and 65 %. A
+graph that is wrong somewhere is a nat or more away."""
 
 
 def make_prompts(tokenizer: tokenizers.Tokenizer, *, vocab_size: int, max_model_len: int) -> list[list[int]]:
@@ -107,7 +110,7 @@ def run_graph(path: Path, model: LanguageModel, prompts: Sequence[Sequence[int]]
             rows = [row for row in rows if row.token_ids]
             if rows:
                 lengths = [len(row.token_ids) for row in rows]
-                logits = runner.forward(rows, np.arange(sum(lengths), dtype=np.int64))
+                logits = runner.forward(rows, range(sum(lengths)))
                 for row, part in zip(rows, np.split(logits, np.cumsum(lengths)[:-1]), strict=True):
                     outputs[row.slot].append(np.array(part))
         return [np.concatenate(parts) for parts in outputs]
@@ -115,6 +118,7 @@ def run_graph(path: Path, model: LanguageModel, prompts: Sequence[Sequence[int]]
         runner.close()
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def compare(reference: Sequence[Array], measured: Sequence[Array], precision: Precision) -> Parity:
     """How far the export is from its source.
 

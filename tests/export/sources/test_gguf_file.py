@@ -1,7 +1,8 @@
 """GGUF files against the Hugging Face models that they were made from.
 
 `_to_gguf` does what llama.cpp's converter does: it renames, interleaves the rows of query and key, adds 1 to Gemma's
-norms. The checkpoint read back must have the original's tensors, and a configuration that gives the same logits.
+norms. The checkpoint read back must have the original's tensors, and a configuration that gives the same logits, both
+in transformers and in the numpy reference that verification compares with.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,9 @@ import pytest
 from tests.export.checkpoints import byte_level_vocabulary, tiny_llama_metadata, tiny_llama_tensors, write_gguf
 
 from sardonyx_export.errors import ExportError
+from sardonyx_export.families.llm import read_spec
 from sardonyx_export.sources.gguf_file import GgufFile
+from sardonyx_export.stages.reference import reference_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -308,7 +311,15 @@ def test_a_gguf_file_gives_back_the_model_it_was_made_from(tmp_path: Path, case:
     rebuilt.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
     ids = torch.arange(100).reshape(1, 100) % _VOCAB
     with torch.no_grad():
-        np.testing.assert_allclose(rebuilt(ids).logits.numpy(), original(ids).logits.numpy(), rtol=0, atol=2e-5)
+        expected = original(ids).logits.numpy()
+        np.testing.assert_allclose(rebuilt(ids).logits.numpy(), expected, rtol=0, atol=2e-5)
+    # Longrope: transformers changes its factors with the sequence's length, an export has one set.
+    spec = read_spec(checkpoint.config, max_model_len=256)
+    prompts = [ids[0, :30].tolist(), ids[0].tolist()]
+    short, whole = reference_logits(checkpoint, spec, prompts)
+    np.testing.assert_allclose(whole, expected[0], rtol=0, atol=1e-4)
+    if case != "phi3":
+        np.testing.assert_allclose(short, expected[0, :30], rtol=0, atol=1e-4)
 
 
 def test_blocks_lie_in_the_order_of_the_dequantised_rows(tmp_path: Path) -> None:
