@@ -96,7 +96,7 @@ def spell(ids: list[int], *, end: int | None = None) -> Script:
 async def until(condition: Callable[[], bool]) -> None:
     """Let the event loop turn until another thread or task has brought it about."""
     while not condition():  # noqa: ASYNC110 - there is no event to wait for
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)  # and not 0: the thread that is waited for needs the interpreter
 
 
 class Served:

@@ -78,6 +78,14 @@ def test_a_new_version_takes_the_part_of_the_one_it_replaces() -> None:
     assert budget.take("c", 90).num_bytes == 85
 
 
+def test_what_an_operator_claims_is_given_and_missing_for_others() -> None:
+    budget = KvBudget(90, num_models=2)
+    assert budget.claim("a", 80).num_bytes == 80
+    assert budget.take("b", 50).num_bytes == 10
+    assert budget.claim("c", 500).num_bytes == 500
+    assert budget.take("d", 50).num_bytes == 0
+
+
 @given(
     total=st.integers(0, 1000),
     num_models=st.integers(1, 5),

@@ -28,7 +28,9 @@ def test_text_is_measured_in_utf8_bytes(text: str) -> None:
 def test_text_beyond_8_bytes_a_position_is_refused_unread(tokenizer: Tokenizer) -> None:
     encoder = make(tokenizer)
     assert encoder.measure("x" * 256) == 256
-    assert encoder.measure([1, 2, 3]) == 12
+    assert encoder.measure("x" * 100, "é" * 78) == 256
+    with pytest.raises(ContextLengthExceeded):
+        encoder.measure("x" * 101, "é" * 78)
     for text in ("x" * 257, "é" * 129, "x" * 1_000_000):
         with pytest.raises(ContextLengthExceeded) as caught:
             encoder.measure(text, param="messages")

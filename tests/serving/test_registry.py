@@ -27,6 +27,7 @@ class Shelf:
         """Loads wait while it is clear."""
         self.gate.set()
         self.served: list[Served] = []
+        self.is_closed = False
         self.num_at_once = 0
         self.most_at_once = 0
 
@@ -46,7 +47,11 @@ class Shelf:
         finally:
             self.num_at_once -= 1
 
+    def close(self) -> None:
+        self.is_closed = True
+
     def assert_closed(self) -> None:
+        assert self.is_closed
         for served in self.served:
             assert served.runner.is_closed
             served.assert_idle()

@@ -86,6 +86,14 @@ class KvBudget:
             self._shares.add(share)
             return share
 
+    def claim(self, model_name: str, num_bytes: int) -> KvShare:
+        """So much, whatever there is: the operator said so. Others find that much less."""
+        with self._lock:
+            share = KvShare(model_name, num_bytes)
+            self._known_names.add(model_name)
+            self._shares.add(share)
+            return share
+
     def give_back(self, share: KvShare) -> None:
         """Idempotent."""
         with self._lock:

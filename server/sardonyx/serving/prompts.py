@@ -36,16 +36,16 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
 
-    def measure(self, prompt: Prompt, *, param: str = "prompt") -> int:
-        """Bytes of a text, or 4 for each token id, without tokenising.
+    def measure(self, *texts: str, param: str = "prompt") -> int:
+        """Bytes of the texts of one prompt, without tokenising.
 
         Raises:
-            ContextLengthExceeded: a text is so long that it cannot fit.
+            ContextLengthExceeded: they are so long that they cannot fit.
         """
-        if not isinstance(prompt, str):
-            return 4 * len(prompt)
         most = BYTES_PER_POSITION * self.max_model_len
-        num_bytes = len(prompt) if len(prompt) > most else num_text_bytes(prompt)
+        num_bytes = sum(map(len, texts))
+        if num_bytes <= most:
+            num_bytes = sum(map(num_text_bytes, texts))
         if num_bytes > most:
             raise ContextLengthExceeded(
                 f"this model's maximum context length is {self.max_model_len:,} tokens; a text of {num_bytes:,} bytes "

@@ -28,7 +28,10 @@ _MAX_LOADS = 2
 
 
 class ModelSource(Protocol):
-    """Where a registry gets its models. `serving.loader.TextLoader` is one. Both calls block, and run in threads."""
+    """Where a registry gets its models. `serving.loader.TextLoader` is one.
+
+    `index` and `load` block, and run in worker threads.
+    """
 
     def index(self) -> list[IndexEntry]:
         """Every model of the repository, by name. Raises ConfigError without a repository."""
@@ -40,6 +43,10 @@ class ModelSource(Protocol):
         Raises:
             ServeError: it cannot be loaded; ConfigError names file and field.
         """
+        ...
+
+    def close(self) -> None:
+        """Give back what the models shared. The last call."""
         ...
 
 
@@ -226,6 +233,7 @@ class Registry:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for entry in self._entries.values():
             entry.model, entry.state, entry.reason = None, ModelState.UNAVAILABLE, "the server is shutting down"
+        self._source.close()
 
     def _begin_load(self, entry: _Entry) -> "asyncio.Task[TextModel]":
         """The load under way, or a new one."""

@@ -87,6 +87,7 @@ class TextModel:
         admission: shared by all models.
         pool: shared by all models.
         metrics: this model's.
+        on_close: called once, when the engine is closed.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class TextModel:
         pool: WorkerPool,
         metrics: ModelMetrics,
         limits: TextLimits,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = version.name
         self.version = version.version
@@ -132,6 +134,7 @@ class TextModel:
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._is_draining = False
+        self._on_close = on_close
         self._is_closed = False
         self._stats = engine.stats  # one bound method, so that detach finds what attach got
         metrics.attach(self._stats)
@@ -171,7 +174,10 @@ class TextModel:
         if not prompts:
             raise InvalidRequest("at least one prompt is needed", param="prompt")
         self._encoder.check(options)
-        num_tokens = sum(estimate_tokens(self._encoder.measure(prompt)) for prompt in prompts)
+        num_tokens = sum(
+            estimate_tokens(self._encoder.measure(prompt)) if isinstance(prompt, str) else len(prompt)
+            for prompt in prompts
+        )
         return await self._start(
             partial(self._encoder.encode, prompts, options), options, request_id, len(prompts), num_tokens
         )
@@ -201,7 +207,7 @@ class TextModel:
         """
         template = require_template(self.chat_template)
         self._encoder.check(options)
-        num_tokens = estimate_tokens(sum(self._encoder.measure(text, param="messages") for text in _texts(messages)))
+        num_tokens = estimate_tokens(self._encoder.measure(*_texts(messages), param="messages"))
         encode = partial(
             self._encoder.encode_chat,
             template,
@@ -302,6 +308,7 @@ class TextModel:
                 await asyncio.to_thread(self._engine.close)
             finally:
                 self._metrics.detach(self._stats)
+                self._on_close()
 
     async def _start(
         self,

@@ -1,0 +1,81 @@
+"""How large a language model's KV cache becomes, from the operator's wishes and a memory budget.
+
+Floor 4. Pure.
+"""
+
+import msgspec
+
+from sardonyx.errors import ConfigError
+from sardonyx.repository.config import LanguageModelOptions
+from sardonyx.settings import Settings
+
+
+class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator wants of one model: its parameters in config.pbtxt, else the server's settings."""
+
+    max_num_seqs: int
+    max_model_len: int
+    max_chunk_tokens: int
+    max_batch_tokens: int
+    max_step_ms: float
+    kv_cache_bytes: int | None
+    """``None``: what the memory budget gives."""
+
+    @property
+    def capacity(self) -> int:
+        """C: a row's past and padded chunk must fit, also in the step that computes its last token."""
+        return self.max_model_len + self.max_chunk_tokens - 1
+
+
+def engine_limits(options: LanguageModelOptions, settings: Settings, graph_len: int) -> EngineLimits:
+    """Join parameters and settings.
+
+    Args:
+        graph_len: positions that the graph was built for.
+    """
+    max_model_len = min(options.max_model_len or settings.max_model_len or graph_len, graph_len)
+    return EngineLimits(
+        max_num_seqs=options.max_num_seqs or settings.max_num_seqs,
+        max_model_len=max_model_len,
+        max_chunk_tokens=min(options.max_chunk_tokens or settings.max_chunk_tokens, max_model_len),
+        max_batch_tokens=options.max_batch_tokens or settings.max_batch_tokens,
+        max_step_ms=options.max_step_ms or settings.max_step_ms,
+        kv_cache_bytes=options.kv_cache_bytes or settings.kv_cache_bytes or None,
+    )
+
+
+def count_slots(limits: EngineLimits, slot_bytes: int, budget_bytes: int, *, source: str) -> int:
+    """Slots that fit into a budget, at most one for each sequence that may run.
+
+    Args:
+        slot_bytes: one slot of `EngineLimits.capacity` tokens.
+        source: where the budget comes from, for the error.
+
+    Raises:
+        ConfigError: not even one fits; the message says what to lower.
+    """
+    num_slots = min(limits.max_num_seqs, budget_bytes // slot_bytes)
+    if num_slots < 1:
+        token_bytes = slot_bytes // limits.capacity
+        fitting = max(0, budget_bytes // token_bytes - limits.max_chunk_tokens + 1)
+        raise ConfigError(
+            f"one sequence of {limits.max_model_len:,} tokens needs {_mib(slot_bytes)} of KV cache, {source} leaves "
+            f"{_mib(budget_bytes)}: lower max_model_len (to {fitting:,} at most) or max_chunk_tokens, or raise "
+            "kv_cache_bytes or memory_fraction",
+            field="max_model_len",
+        )
+    return num_slots
+
+
+def describe_capacity(limits: EngineLimits, slot_bytes: int, num_slots: int, budget_bytes: int, source: str) -> str:
+    """One line for the log: how the KV cache came to its size."""
+    wanted = "as many as wanted" if num_slots == limits.max_num_seqs else f"{limits.max_num_seqs} were wanted"
+    return (
+        f"KV cache: {num_slots} slots ({wanted}) of {limits.capacity:,} tokens "
+        f"({limits.max_model_len:,} + a chunk of {limits.max_chunk_tokens:,} - 1), {_mib(slot_bytes)} each, "
+        f"{_mib(num_slots * slot_bytes)} in all, within {_mib(budget_bytes)} from {source}; taken when used"
+    )
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):,.1f} MiB"

@@ -1,0 +1,73 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sardonyx.errors import ConfigError
+from sardonyx.repository.config import LanguageModelOptions
+from sardonyx.serving.capacity import EngineLimits, count_slots, describe_capacity, engine_limits
+from sardonyx.settings import Settings
+
+
+def make(**fields: int) -> EngineLimits:
+    defaults = {"max_num_seqs": 4, "max_model_len": 900, "max_chunk_tokens": 101, "max_batch_tokens": 512}
+    return EngineLimits(**(defaults | fields), max_step_ms=100.0, kv_cache_bytes=None)  # type: ignore[arg-type]
+
+
+def test_a_models_parameters_win_over_the_servers_settings() -> None:
+    settings = Settings(max_num_seqs=8, max_model_len=100, max_step_ms=50.0, kv_cache_bytes=7)
+    plain = engine_limits(LanguageModelOptions(), settings, 256)
+    assert (plain.max_num_seqs, plain.max_model_len, plain.max_step_ms, plain.kv_cache_bytes) == (8, 100, 50.0, 7)
+    options = LanguageModelOptions(max_num_seqs=2, max_model_len=50, max_step_ms=10.0, kv_cache_bytes=9)
+    own = engine_limits(options, settings, 256)
+    assert (own.max_num_seqs, own.max_model_len, own.max_step_ms, own.kv_cache_bytes) == (2, 50, 10.0, 9)
+
+
+def test_nobody_can_ask_for_more_positions_than_the_graph_has() -> None:
+    for options, settings in (
+        (LanguageModelOptions(max_model_len=999), Settings()),
+        (LanguageModelOptions(), Settings()),
+    ):
+        limits = engine_limits(options, settings, 256)
+        assert limits.max_model_len == 256
+        assert limits.kv_cache_bytes is None
+
+
+def test_a_chunk_is_no_longer_than_the_model() -> None:
+    limits = engine_limits(LanguageModelOptions(), Settings(max_chunk_tokens=256), 100)
+    assert (limits.max_chunk_tokens, limits.capacity) == (100, 199)
+
+
+def test_slots_are_as_many_as_fit_and_no_more_than_sequences() -> None:
+    assert count_slots(make(), 100, 399, source="x") == 3
+    assert count_slots(make(), 100, 10_000, source="x") == 4
+
+
+def test_a_budget_without_room_for_one_slot_names_what_to_lower() -> None:
+    with pytest.raises(ConfigError) as caught:
+        count_slots(make(), 1_000 << 20, 500 << 20, source="memory_fraction")
+    assert caught.value.field == "max_model_len"
+    assert "memory_fraction leaves 500.0 MiB: lower max_model_len (to 400 at most)" in caught.value.reason
+
+
+@given(
+    token_bytes=st.integers(1, 1 << 20),
+    budget=st.integers(0, 1 << 40),
+    limits=st.builds(make, max_model_len=st.integers(1, 1 << 20), max_chunk_tokens=st.integers(1, 512)),
+)
+def test_slots_never_take_more_than_the_budget(token_bytes: int, budget: int, limits: EngineLimits) -> None:
+    slot_bytes = token_bytes * limits.capacity
+    try:
+        num_slots = count_slots(limits, slot_bytes, budget, source="x")
+    except ConfigError:
+        assert slot_bytes > budget
+    else:
+        assert 1 <= num_slots <= limits.max_num_seqs
+        assert num_slots * slot_bytes <= budget
+
+
+def test_the_log_says_how_the_cache_came_to_its_size() -> None:
+    line = describe_capacity(make(), 1 << 20, 3, 7 << 19, "half of the free memory")
+    assert line == (
+        "KV cache: 3 slots (4 were wanted) of 1,000 tokens (900 + a chunk of 101 - 1), 1.0 MiB each, 3.0 MiB in all, "
+        "within 3.5 MiB from half of the free memory; taken when used"
+    )
