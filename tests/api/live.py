@@ -50,6 +50,10 @@ class ScriptSource:
         self.served[name] = served
         return served.model
 
+    def close(self) -> None:
+        for served in self.served.values():
+            served.pool.close()
+
 
 class Api:
     """A client of the application, and its insides."""

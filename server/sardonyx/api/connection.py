@@ -1,7 +1,7 @@
 """uvicorn's HTTP/1.1 connection with the limits that it lacks: a head's size and time, and how long a client may stall.
 
 Floor 5. httptools keeps collecting a header that never ends, and uvicorn waits for ever for a head's end and for a
-client that does not read; each lets anybody, without a key, hold memory, sockets and slots (the class of CVE-2025-48956).
+client that does not read. Each lets anybody, without a key, hold memory, sockets and slots (compare CVE-2025-48956).
 """
 
 import asyncio

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Request, post
+from litestar import Litestar, Request, Router, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.datastructures import ResponseSpec
@@ -52,13 +52,21 @@ def openapi_config(version: str, *, needs_key: bool) -> OpenAPIConfig:
 class _Document(JsonRenderPlugin):
     """Puts msgspec's schemas where `StrictJson` only left references."""
 
+    _rendered: bytes | None = None
+
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
-        schemas = openapi_schema["components"]["schemas"]
-        schemas |= body_schemas(_bodies(request.app))
-        for path in openapi_schema["paths"].values():
-            for operation in path.values():
-                _declare_stream(operation, schemas)
-        return msgspec.json.encode(openapi_schema)
+        if self._rendered is None:
+            schemas = openapi_schema["components"]["schemas"]
+            schemas |= body_schemas(_bodies(request.app))
+            for path in openapi_schema["paths"].values():
+                for operation in path.values():
+                    _declare_stream(operation, schemas)
+            self._rendered = msgspec.json.encode(openapi_schema)
+        return self._rendered
+
+    def receive_router(self, router: Router) -> None:
+        # Litestar would answer every other path below with a page of HTML, not with the envelope.
+        router.routes = [route for route in router.routes if "{" not in route.path]
 
 
 def body_schemas(bodies: Iterable[type[msgspec.Struct]]) -> dict[str, Any]:

@@ -37,13 +37,9 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}", field="port") from error
-    return listener
 
 
 class DrainingServer(uvicorn.Server):
@@ -88,16 +84,18 @@ class DrainingServer(uvicorn.Server):
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
 
-    def request_exit(self, *, with_grace: bool = False) -> None:
+    def request_exit(self, *, with_grace: bool = False) -> "asyncio.Task[None]":
         """Begin to drain. On the event loop; once."""
         self._draining = asyncio.get_running_loop().create_task(self._drain_and_exit(with_grace))
+        return self._draining
 
     def _on_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
         if self._draining is None:
-            logger.info("%s: shutting down; once more to exit at once", signal.Signals(number).name)
-            self.request_exit(with_grace=number == signal.SIGTERM)
+            logger.info("%s: shutting down; once more to exit at once", name)
+            self.request_exit(with_grace=number == signal.SIGTERM).add_done_callback(_exit_in_time)
             return
-        logger.warning("%s again: exiting at once", signal.Signals(number).name)
+        logger.warning("%s again: exiting at once", name)
         logging.shutdown()
         os._exit(128 + number)
 
@@ -108,6 +106,10 @@ class DrainingServer(uvicorn.Server):
             logger.exception("the shutdown went wrong")
         finally:
             self.should_exit = True
-            timer = threading.Timer(FLUSH_TIMEOUT_S + EXIT_TIMEOUT_S, os._exit, [0])
-            timer.daemon = True
-            timer.start()
+
+
+def _exit_in_time(_: object) -> None:
+    """The interpreter waits for its threads before it ends; this does not wait for ever."""
+    timer = threading.Timer(FLUSH_TIMEOUT_S + EXIT_TIMEOUT_S, os._exit, [0])
+    timer.daemon = True
+    timer.start()

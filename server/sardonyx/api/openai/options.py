@@ -170,7 +170,7 @@ def _logit_bias(body: GenerationRequest, model: TextModel) -> dict[int, float]:
                 )
     bias |= dict.fromkeys(_banned_ids(body), _BANNED)
     if body.ban_eos_token:
-        bias |= dict.fromkeys(language.eos_token_ids, _BANNED)
+        bias |= dict.fromkeys(language.eos_token_ids or model.tokenizer.eos_token_ids, _BANNED)
     return bias
 
 

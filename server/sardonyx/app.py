@@ -1,0 +1,191 @@
+"""The composition root: the only module that knows every floor.
+
+Floor 6. `create_app` puts the parts together that it is given; `run` makes them from settings and serves.
+"""
+
+import asyncio
+import contextlib
+import logging
+import shlex
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from litestar import Litestar
+from litestar.config.cors import CORSConfig
+from litestar.di import Provide
+
+from sardonyx.api.auth import Gatekeeper
+from sardonyx.api.front import Front
+from sardonyx.api.openai.chat import ChatController
+from sardonyx.api.openai.completions import CompletionsController
+from sardonyx.api.openai.errors import EXCEPTION_HANDLERS
+from sardonyx.api.openai.models import ModelsController
+from sardonyx.api.openai.tokens import TokensController
+from sardonyx.api.openapi import openapi_config
+from sardonyx.api.ops import OpsController
+from sardonyx.api.server import DrainingServer, bind
+from sardonyx.api.textgen.billing import BillingController
+from sardonyx.api.textgen.internal import InternalController
+from sardonyx.errors import ServeError
+from sardonyx.metrics import Metrics
+from sardonyx.serving.loader import build_registry
+from sardonyx.serving.registry import Registry
+from sardonyx.settings import Settings, check_exposure
+from sardonyx.version import __version__
+
+logger = logging.getLogger(__name__)
+
+_LAG_INTERVAL_S = 0.5
+
+
+def create_app(settings: Settings, registry: Registry, metrics: Metrics) -> Litestar:
+    """The ASGI application. Its lifespan starts and closes the registry."""
+    keeper = Gatekeeper(
+        api_keys=settings.api_keys,
+        admin_keys=settings.admin_keys,
+        local_hosts=() if settings.allow_unauthenticated else ("localhost", "127.0.0.1", "::1", settings.host),
+        origins=settings.cors_origins,
+    )
+    given = {"models": registry, "settings": settings, "metrics": metrics, "keeper": keeper}
+    app = Litestar(
+        [
+            OpsController,
+            ModelsController,
+            CompletionsController,
+            ChatController,
+            TokensController,
+            InternalController,
+            BillingController,
+        ],
+        guards=[keeper.guard],
+        dependencies={name: _provide(value) for name, value in given.items()},
+        exception_handlers=EXCEPTION_HANDLERS,
+        request_max_body_size=settings.max_body_bytes,
+        cors_config=CORSConfig(allow_origins=list(settings.cors_origins)) if settings.cors_origins else None,
+        openapi_config=openapi_config(__version__, needs_key=bool(settings.api_keys)),
+        logging_config=None,
+        lifespan=[lambda _: _running(settings, registry, metrics)],
+    )
+    app.asgi_handler = Front(app.asgi_handler, metrics)
+    return app
+
+
+def run(settings: Settings) -> None:
+    """Serve until told to stop. Returns after a drain that a signal began.
+
+    Raises:
+        ConfigError: the settings expose an open server, there is no repository, or the address is taken.
+    """
+    configure_logging(settings)
+    check_exposure(settings)
+    metrics = Metrics(__version__)
+    registry = build_registry(settings, metrics)
+    with bind(settings.host, settings.port) as listener:
+        settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
+        app = create_app(settings, registry, metrics)
+        front = app.asgi_handler
+        assert isinstance(front, Front)
+
+        async def drain(with_grace: bool) -> None:
+            front.is_draining = True
+            await registry.drain(settings.drain_grace_s if with_grace else 0.0, settings.drain_timeout_s)
+
+        logger.info("listening on %s:%d, loading models from %s", settings.host, settings.port, settings.repository)
+        DrainingServer(app, drain).run(sockets=[listener])
+    logger.info("stopped")
+
+
+def configure_logging(settings: Settings) -> None:
+    """All loggers to stderr, at the level of the settings, one line an event."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonFormatter() if settings.log_json else _LineFormatter())
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    # "Started server process", "Waiting for connections": ours say it in our words.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+class _LineFormatter(logging.Formatter):
+    """For people. What a message quotes cannot begin a line of its own and pass for one of ours."""
+
+    def __init__(self) -> None:
+        super().__init__("{asctime} {levelname:<7} {message}", style="{")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the standard library's name
+        record.message = record.message.replace("\r", "\\r").replace("\n", "\\n")
+        return super().formatMessage(record)
+
+
+class _JsonFormatter(logging.Formatter):
+    """For machines: the message, and each of its ``extra`` fields by name."""
+
+    _standard = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = {
+            "time": record.created,
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        fields |= {name: value for name, value in vars(record).items() if name not in self._standard}
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(fields, enc_hook=str).decode()
+
+
+def _provide(value: Any) -> Provide:
+    return Provide(lambda: value, sync_to_thread=False)
+
+
+@contextlib.asynccontextmanager
+async def _running(settings: Settings, registry: Registry, metrics: Metrics) -> AsyncIterator[None]:
+    """Models load while the server already answers; everything is closed at the end."""
+    tasks = [
+        asyncio.create_task(_load_models(settings, registry)),
+        asyncio.create_task(_watch_event_loop(metrics)),
+    ]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await registry.close()
+
+
+async def _load_models(settings: Settings, registry: Registry) -> None:
+    """Load what there is, and say how to use it."""
+    started_s = time.monotonic()
+    try:
+        await registry.start()
+        model = registry.resolve(None)
+    except ServeError as error:
+        logger.error("no model can be used: %s", error)
+        return
+    except Exception:
+        logger.exception("no model can be used")
+        return
+    logger.info("model %s is ready after %.1f s; try:", model.name, time.monotonic() - started_s)
+    logger.info(example_command(settings, has_chat_template=model.chat_template is not None))
+
+
+def example_command(settings: Settings, *, has_chat_template: bool) -> str:
+    """A curl command that works on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)  # noqa: S104 - compared, not bound
+    path, body = "completions", '{"prompt": "Once upon a time", "max_tokens": 32}'
+    if has_chat_template:
+        path, body = "chat/completions", '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
+    words = ["curl", f"http://{host}:{settings.port}/v1/{path}", "-H", "Content-Type: application/json"]
+    if settings.api_keys:
+        words += ["-H", "Authorization: Bearer YOUR_KEY"]
+    return shlex.join([*words, "-d", body])
+
+
+async def _watch_event_loop(metrics: Metrics) -> None:
+    """Measure how late the event loop is: what blocks it delays every stream."""
+    while True:
+        due_s = time.monotonic() + _LAG_INTERVAL_S
+        await asyncio.sleep(_LAG_INTERVAL_S)
+        metrics.observe_event_loop_lag(max(0.0, time.monotonic() - due_s))
