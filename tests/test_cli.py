@@ -127,6 +127,24 @@ def test_help_is_instant():
     assert min(took) < 1.0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--host", "0.0.0.0"],
+            "sardonyx: host: '0.0.0.0' can be reached from other machines and there are no API keys",
+        ),
+        ([], "no model repository: No such file or directory"),
+    ],
+)
+def test_serve_refuses_in_one_line_what_it_cannot_serve(arguments, message):
+    # In a process of its own: serving sets up logging for good.
+    done = python("import sys; from sardonyx.cli import main; main(sys.argv[1:])", "serve", "/nowhere", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 BLOCK = """
 import sys
 class Block:

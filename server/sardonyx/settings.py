@@ -72,7 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Origins whose pages may call the API from a browser (`https://app.example`, or `*`). None: no CORS headers."""
 
     default_model: str | None = None
-    """Model for requests that name none. Unset: the only model there is, or the first by name."""
+    """Model for requests that name none. Unset: the first by name that is ready."""
     aliases: dict[str, str] = {}
     """Other names for models: `gpt-3.5-turbo=smollm2-135m-instruct,...`, or a TOML table."""
     allow_model_control: bool = False
