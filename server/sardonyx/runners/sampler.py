@@ -108,7 +108,8 @@ class Sampler:
         Works on distances, ``(peak - logit) / temperature``, all >= 0: a token's weight is ``exp(-distance)``, and the
         bits of a float >= 0 sort like the float.
         """
-        distances = np.subtract(np.float32(peak), row, out=self._distances)
+        # + 0.0 makes 0.0 of a peak of -0.0, and so of each distance: the bits of -0.0 sort last.
+        distances = np.subtract(np.float32(peak + 0.0), row, out=self._distances)
         with np.errstate(over="ignore"):  # a small temperature makes unlikely tokens impossible
             distances /= np.float32(params.temperature)
         ids = self._ids
