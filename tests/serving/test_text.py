@@ -400,6 +400,8 @@ def test_a_stuck_step_does_not_outlive_the_deadline(folder: Path) -> None:
         with pytest.raises(DeadlineExceeded):
             await generation.collect()
         served.runner.gate.set()
+        # Time that ran out is not the engine's error.
+        assert ("request_success", ("abort",), 1) in list(served.metrics.rows())
 
     run(folder, LETTERS, test)
 

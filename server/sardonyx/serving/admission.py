@@ -96,7 +96,8 @@ class Admission:
         """Take a place.
 
         Args:
-            num_tokens: of all sequences together, see `estimate_tokens`.
+            num_sequences: prompts times choices.
+            num_tokens: prompt tokens of all of them together, see `estimate_tokens`.
 
         Raises:
             Overloaded: a limit is reached; the message names it.

@@ -45,10 +45,8 @@ def make_requests(
 ) -> list[Request]:
     """The engine's requests, prompt-major.
 
-    Args:
-        id_prefix: unique in the engine.
-        max_tokens: of each prompt's choices.
-        eos_token_ids: the model's own end tokens.
+    `id_prefix` is unique in the engine, `max_tokens` has a number for each prompt, `eos_token_ids` are the model's own
+    end tokens, and both times are monotonic.
     """
     count = num_each(options)
     sampling = options.sampling

@@ -28,11 +28,7 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def engine_limits(options: LanguageModelOptions, settings: Settings, graph_len: int) -> EngineLimits:
-    """Join parameters and settings.
-
-    Args:
-        graph_len: positions that the graph was built for.
-    """
+    """Join a model's parameters and the settings; nobody gets more than `graph_len`, the positions of the graph."""
     max_model_len = min(options.max_model_len or settings.max_model_len or graph_len, graph_len)
     return EngineLimits(
         max_num_seqs=options.max_num_seqs or settings.max_num_seqs,
@@ -48,7 +44,9 @@ def count_slots(limits: EngineLimits, slot_bytes: int, budget_bytes: int, *, sou
     """Slots that fit into a budget, at most one for each sequence that may run.
 
     Args:
+        limits: what is wanted.
         slot_bytes: one slot of `EngineLimits.capacity` tokens.
+        budget_bytes: for all slots together.
         source: where the budget comes from, for the error.
 
     Raises:

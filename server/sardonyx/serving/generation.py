@@ -167,13 +167,15 @@ class Generation:
         if error is None and self._unscored:
             error = RequestAborted("the request was stopped before its prompt was scored")
         self._error = error
+        # Time that ran out is no error of the engine's, and is not counted as one.
+        reason = FinishReason.ERROR if isinstance(error, EngineError | EngineDead) else FinishReason.CANCELLED
         now_s = self._runtime.dispatch.clock()
         for request_id, sequence in list(self._unfinished.items()):
             self._runtime.dispatch.abort(request_id)
             chunk = sequence.completion.cut()
             if error is None:
                 self._offer(chunk)
-            self._finish(request_id, sequence, FinishReason.CANCELLED if error is None else FinishReason.ERROR, now_s)
+            self._finish(request_id, sequence, reason, now_s)
         self._end(now_s)
 
     def _take(self, request_id: str, event: SequenceEvent) -> None:
@@ -245,7 +247,7 @@ class Generation:
         self._has_ended = True
         if self._timer is not None:
             self._timer.cancel()
-        self._reservation.release(was_served=self._error is None and self.usage.completion_tokens > 0)
+        self._reservation.release(was_served=self._error is None and FinishReason.CANCELLED not in self._reasons)
         self._on_end(self)
         self._news.set()
         self._log(now_s)

@@ -7,24 +7,20 @@ import asyncio
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
-
-import msgspec
+from typing import Any
 
 from sardonyx.engine.stats import LoopStats
 from sardonyx.errors import DeadlineExceeded, EngineDead, InvalidRequest, ModelNotReady
 from sardonyx.metrics import ModelMetrics
 from sardonyx.processing.chat_encoding import encode_chat
-from sardonyx.processing.chat_template import ChatTemplate
-from sardonyx.processing.tokenizer import Tokenizer
-from sardonyx.repository.manifest import Manifest
 from sardonyx.serving.admission import Admission, estimate_tokens
 from sardonyx.serving.calls import Call, make_requests, num_each
-from sardonyx.serving.dispatch import Engine, EventDispatch
+from sardonyx.serving.dispatch import EventDispatch
 from sardonyx.serving.generation import Generation, TextRuntime
 from sardonyx.serving.options import Choice, GenerationOptions, PromptInfo, TextChunk, TokenInfo, Usage
 from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.prompts import BYTES_PER_POSITION, PromptEncoder, num_text_bytes, require_template
+from sardonyx.serving.text_version import TextEngine, TextLimits, TextVersion
 
 __all__ = [
     "Choice",
@@ -32,49 +28,15 @@ __all__ = [
     "GenerationOptions",
     "PromptInfo",
     "TextChunk",
+    "TextLimits",
     "TextModel",
+    "TextVersion",
     "TokenInfo",
     "Usage",
 ]
 
 MAX_TOKENIZE_BYTES = 1 << 20
 """Text that `TextModel.tokenize` takes, at least: half a second of a worker thread (`Tokenizer.encode`)."""
-
-
-class TextLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What one API call may ask for; the settings of the same names."""
-
-    max_choices: int = 128
-    request_timeout_s: float = 600.0
-    queue_timeout_s: float = 60.0
-
-
-class TextVersion(msgspec.Struct, frozen=True, kw_only=True):
-    """What a version folder says about its model."""
-
-    name: str
-    version: int
-    manifest: Manifest
-    created: int
-    """Unix time of the export."""
-    size_bytes: int
-    """Of the version's files."""
-    max_model_len: int
-    """Prompt and completion tokens of one sequence at most."""
-    vocab_size: int
-    eos_token_ids: frozenset[int]
-    tokenizer: Tokenizer
-    chat_template: ChatTemplate | None
-
-
-class TextEngine(Engine, Protocol):
-    """What a text model asks of its step loop."""
-
-    def stats(self) -> LoopStats: ...
-
-    def close(self) -> None:
-        """End everything, join the thread, free the memory. Blocks for a step at most; idempotent."""
-        ...
 
 
 class TextModel:
@@ -160,6 +122,7 @@ class TextModel:
 
         Args:
             prompts: at least one; strings, lists of token ids, or a mix. Token ids are taken as they are.
+            options: the same for all prompts.
             request_id: unique among the calls under way.
 
         Raises:
@@ -199,7 +162,12 @@ class TextModel:
 
         Args:
             messages: OpenAI's, as plain JSON values.
+            options: as for `start`.
+            request_id: as for `start`.
+            tools: OpenAI's tool objects.
             template_kwargs: more variables for the template (``chat_template_kwargs``).
+            continue_final_message: the completion goes on inside the last message.
+            add_generation_prompt: the prompt ends with the head of an assistant message.
 
         Raises:
             UnsupportedFeature: the model has no chat template, or a message has a part that is not text.
