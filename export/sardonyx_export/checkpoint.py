@@ -1,6 +1,7 @@
 """What a builder sees of a source: a configuration in Hugging Face's words and tensors that are read one at a time.
 
-Sources (`sources/`) implement it for safetensors folders and GGUF files; families and builders read it and know nothing of files.
+Sources (`sources/`) implement it for safetensors folders and GGUF files; families and builders read it and know nothing
+of files.
 """
 
 from collections.abc import Iterable
@@ -51,7 +52,7 @@ class Checkpoint(Protocol):
 
     @property
     def config(self) -> dict[str, Any]:
-        """As ``config.json``; a GGUF file's metadata is translated into it. ``architectures[0]`` is always present."""
+        """As ``config.json``, which a GGUF file's metadata is translated into. It names an architecture."""
         ...
 
     @property
@@ -69,5 +70,5 @@ class Checkpoint(Protocol):
         ...
 
     def texts(self) -> dict[str, bytes]:
-        """``tokenizer.json`` (always), ``tokenizer_config.json``, ``chat_template.jinja``, ``generation_config.json``."""
+        """``tokenizer.json``; ``tokenizer_config.json``, ``chat_template.jinja``, ``generation_config.json`` where known."""
         ...
