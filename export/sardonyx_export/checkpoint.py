@@ -70,5 +70,5 @@ class Checkpoint(Protocol):
         ...
 
     def texts(self) -> dict[str, bytes]:
-        """``tokenizer.json``; ``tokenizer_config.json``, ``chat_template.jinja``, ``generation_config.json`` where known."""
+        """``tokenizer.json``; where known ``tokenizer_config.json``, ``chat_template.jinja``, ``generation_config.json``."""
         ...
