@@ -60,7 +60,6 @@ def run(
         force: add a version where the model is in the repository already.
         if_missing: do nothing where the repository has this model from this source already.
     """
-    del target  # one today; the flag is there so that scripts can say it
     if force and if_missing:
         raise ExportError("--force and --if-missing exclude each other")
     request = ExportRequest(
@@ -69,6 +68,7 @@ def run(
         name=name,
         precision=precision,
         max_model_len=max_model_len,
+        target=target,
         sha256=sha256,
         adds_version=force,
     )

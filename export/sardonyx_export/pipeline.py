@@ -51,6 +51,7 @@ def run_export(request: ExportRequest, *, progress: Progress, announce: Callable
         name=request.name or opened.name,
         precision=request.precision,
         max_model_len=request.max_model_len,
+        target=request.target,
     )
     _check_target(repository, plan, adds_version=request.adds_version)
     announce(plan)
@@ -92,7 +93,7 @@ def _build_and_verify(
     # The reference comes first and leaves only its logits: its weights and the session's are never held at once.
     reference = reference_logits(checkpoint, spec, prompts, lambda done, total: progress("verify", done, total))
     configure_threads(os.cpu_count() or 1, allow_spinning=False)
-    measured = run_graph(report.files[0], llm, prompts)
+    measured = run_graph(report.files[0], plan.name, llm, prompts)
     return report, llm, compare(reference, measured, plan.precision)
 
 

@@ -10,6 +10,7 @@ from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.errors import ExportError
 
 Precision = Literal["fp32", "int8", "int4"]
+Target = Literal["cpu"]
 
 _BYTES_PER_WEIGHT = {"fp32": 4.0, "int8": 1.125, "int4": 0.625}
 """With a float32 scale for every 32 weights."""
@@ -27,7 +28,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     precision: Precision
     max_model_len: int
     """Positions that the graph is built for."""
-    target: Literal["cpu"] = "cpu"
+    target: Target
     num_parameters: int
     storage: dict[str, int]
     """Weights by how the source stores them."""
@@ -41,6 +42,7 @@ def make_plan(
     name: str,
     precision: Precision | Literal["auto"] = "auto",
     max_model_len: int | None = None,
+    target: Target = "cpu",
 ) -> Plan:
     """Decide precision and context.
 
@@ -74,6 +76,7 @@ def make_plan(
         architecture=checkpoint.config["architectures"][0],
         precision=chosen,
         max_model_len=max_model_len or context,
+        target=target,
         num_parameters=num_parameters,
         storage=dict(storage.most_common()),
         estimated_bytes=int(estimate),

@@ -11,7 +11,7 @@ import msgspec
 from sardonyx.errors import ConfigError, ModelNotFound
 from sardonyx.repository.layout import ModelEntry, Repository, check_files, read_manifest
 from sardonyx.repository.manifest import Manifest
-from sardonyx_export.plan import Precision
+from sardonyx_export.plan import Precision, Target
 from sardonyx_export.sources.resolve import parse_source, source_uri
 
 
@@ -26,6 +26,7 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
     precision: Precision | Literal["auto"] = "auto"
     max_model_len: int | None = None
     """Positions that the graph is built for; ``None``: the model's own."""
+    target: Target = "cpu"
     sha256: str | None = None
     """What the archive or GGUF file must hash to."""
     adds_version: bool = False
@@ -103,6 +104,7 @@ def _is_wanted(manifest: Manifest, request: ExportRequest, uri: str) -> bool:
     built_len = manifest.llm.max_model_len if manifest.llm else None
     return (
         manifest.source.uri == uri
+        and manifest.target == request.target
         and request.precision in ("auto", manifest.precision)
         and request.max_model_len in (None, built_len)
         and (request.sha256 is None or request.sha256.lower() == manifest.source.sha256)

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.export.checkpoints import write_llama_folder
 from tests.export.published import publish
@@ -21,7 +22,7 @@ def root(tmp_path: Path) -> Path:
 
 def _find(root: Path, source: str = "tiny", **changes: object) -> ExportResult | None:
     request = ExportRequest(source=str(root.parent / source), repository=root)
-    return find_existing(ExportRequest(**{**{f: getattr(request, f) for f in request.__struct_fields__}, **changes}))
+    return find_existing(msgspec.structs.replace(request, **changes))
 
 
 def test_a_model_of_the_same_source_is_found_by_name_and_without(root: Path) -> None:

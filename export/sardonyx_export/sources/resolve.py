@@ -7,6 +7,7 @@ import msgspec
 
 from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.errors import ExportError
+from sardonyx_export.sources import texts
 from sardonyx_export.sources.gguf_file import GgufFile
 from sardonyx_export.sources.hub import fetch_snapshot
 from sardonyx_export.sources.pypi import Progress, fetch_member
@@ -144,6 +145,7 @@ def _open_path(path: Path, uri: str, *, licence: str | None = None, sha256: str 
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) != 1:
             raise ExportError("has no config.json, and not exactly one .gguf file either", file=path.name)
+        texts.inside(texts.trusted_root(path), ggufs[0])
         path = ggufs[0]
     if path.is_dir():
         folder = SafetensorsFolder(path, uri=uri, licence=licence, sha256=sha256)

@@ -86,8 +86,17 @@ def make_prompts(tokenizer: tokenizers.Tokenizer, *, vocab_size: int, max_model_
     return prompts
 
 
-def run_graph(path: Path, model: LanguageModel, prompts: Sequence[Sequence[int]]) -> list[Array]:
+def run_graph(path: Path, name: str, model: LanguageModel, prompts: Sequence[Sequence[int]]) -> list[Array]:
     """Logits after every token, from the graph in the server's own session and runner.
+
+    Args:
+        path: of the graph.
+        name: of the model, for messages.
+        model: what the manifest will say of it.
+        prompts: token ids.
+
+    Returns:
+        One (length, V) array for each prompt.
 
     Raises:
         ConfigError: the graph cannot be opened.
@@ -97,7 +106,7 @@ def run_graph(path: Path, model: LanguageModel, prompts: Sequence[Sequence[int]]
     limits = RunnerLimits(
         num_slots=len(prompts), max_model_len=longest, max_chunk_tokens=longest, vocab_size=model.vocab_size
     )
-    runner = DecoderRunner(open_session(path, model_name=path.parent.name), model, limits)
+    runner = DecoderRunner(open_session(path, model_name=name), model, limits)
     try:
         outputs: list[list[Array]] = [[] for _ in prompts]
         # Different cuts, so that no step holds equal chunks.

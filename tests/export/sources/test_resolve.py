@@ -138,6 +138,14 @@ def test_a_folder_around_a_single_gguf_file_is_that_file(tmp_path: Path) -> None
         open_source(LocalSource(tmp_path), sha256=None, progress=_silent)
 
 
+def test_a_gguf_file_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "one.gguf", metadata=tiny_llama_metadata(), tensors=tiny_llama_tensors())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "one.gguf").symlink_to(path)
+    with pytest.raises(ExportError, match="leaves the model's folder"):
+        open_source(LocalSource(tmp_path / "folder"), sha256=None, progress=_silent)
+
+
 def test_a_hash_is_checked_where_there_is_one(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "one.gguf", metadata=tiny_llama_metadata(), tensors=tiny_llama_tensors())
     right = open_source(LocalSource(path), sha256=None, progress=_silent).checkpoint.sha256
