@@ -30,7 +30,7 @@ def test_the_version_is_told(api):
 def test_metrics_come_in_prometheus_form(api):
     api.complete(prompt="hello")
     answer = api.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert 'sardonyx_http_requests_total{method="POST",route="/v1/completions",status="200"}' in answer.text
     assert "sardonyx_event_loop_lag_seconds_bucket" in answer.text
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Request, Router, post
+from litestar import Litestar, MediaType, Request, Router, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.datastructures import ResponseSpec
@@ -23,10 +23,10 @@ from sardonyx.api.openai.errors import DECLARED_STATUSES, ErrorBody
 _REFERENCE = "#/components/schemas/{name}"
 
 
-def answers(reply: type[Any]) -> dict[int, ResponseSpec]:
+def answers(reply: type[Any], media_type: MediaType = MediaType.JSON) -> dict[int, ResponseSpec]:
     """``responses=`` of a handler: the reply, and the envelope for whatever may go wrong."""
     refused = ResponseSpec(ErrorBody, generate_examples=False, description="Refused or failed; the envelope says why.")
-    success = ResponseSpec(reply, generate_examples=False, description="Success.")
+    success = ResponseSpec(reply, generate_examples=False, description="Success.", media_type=media_type)
     return {200: success} | dict.fromkeys(DECLARED_STATUSES, refused)
 
 

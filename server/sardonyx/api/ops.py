@@ -4,7 +4,7 @@ Floor 5. Public, and answered without the engine: a server that is full must sti
 """
 
 import msgspec
-from litestar import Controller, Response, get
+from litestar import Controller, MediaType, Response, get
 
 from sardonyx.api.auth import PUBLIC
 from sardonyx.api.dependencies import Models, ServerMetrics
@@ -48,8 +48,8 @@ class OpsController(Controller):
         """The server's version."""
         return Version(version=__version__)
 
-    @get("/metrics", sync_to_thread=True, responses=answers(str))
+    @get("/metrics", sync_to_thread=True, responses=answers(str, media_type=MediaType.TEXT))
     def render_metrics(self, metrics: ServerMetrics) -> Response[bytes]:
         """Prometheus' text format."""
         content, media_type = metrics.render()
-        return Response(content, media_type=media_type)
+        return Response(content, headers={"Content-Type": media_type})

@@ -1,0 +1,59 @@
+"""Requests made from our own OpenAPI document: none may be a server error, every answer must be as declared."""
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from tests.conformance.process import serve
+from tests.tiny_models import make_language_model
+
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    root = tmp_path_factory.mktemp("schema")
+    make_language_model(root / "repository")
+    # Answers are short, so that the time goes into requests.
+    with serve(root / "repository", root / "log", "--max-choices", "4", "--max-model-len", "64") as server:
+        yield server
+        assert "Traceback" not in server.log()
+
+
+@pytest.fixture(scope="module")
+def operations(server):
+    document = schemathesis.openapi.from_url(f"{server.url}/schema/openapi.json")
+    return [result.ok() for result in document.get_all_operations()]
+
+
+def check(operations, mode, max_examples, *, derandomize):
+    for operation in operations:
+        if mode is GenerationMode.NEGATIVE and not operation.body:
+            continue  # nothing to get wrong
+
+        @given(case=operation.as_strategy(generation_mode=mode))
+        @settings(
+            deadline=None, suppress_health_check=list(HealthCheck), max_examples=max_examples, derandomize=derandomize
+        )
+        def is_answered_as_declared(case):
+            case.call_and_validate(checks=CHECKS, timeout=30)
+
+        is_answered_as_declared()
+
+
+@pytest.mark.parametrize("mode", GenerationMode)
+def test_any_request_is_answered_as_declared(operations, mode):
+    check(operations, mode, 25, derandomize=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", GenerationMode)
+def test_any_of_many_requests_is_answered_as_declared(operations, mode):
+    check(operations, mode, 200, derandomize=False)
