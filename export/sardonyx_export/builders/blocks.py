@@ -103,27 +103,34 @@ def _search(rows: npt.NDArray[np.float32], bits: int) -> Blocks:
     top = np.float32((1 << bits) - 1)
     low, high = np.minimum(rows.min(axis=-1), 0), np.maximum(rows.max(axis=-1), 0)
     best_gain = np.full(low.shape, -1, np.float32)
-    codes = np.empty(rows.shape, np.uint8)
-    scales, zero_points = np.empty_like(low), np.empty(low.shape, np.uint8)
+    scales, inverses, zeros = np.empty_like(low), np.empty_like(low), np.empty_like(low)
     for part in _RANGE_PARTS:
         inverse = _inverse((high - low) * np.float32(part) / top)
-        zero = np.clip(np.rint(-low * part * inverse), 0, top)
-        # Never round below the smallest code or above the largest: weights beyond the range are clipped.
-        found = np.clip(np.rint(rows * inverse[..., None]) + zero[..., None], 0, top)
-        steps = found - zero[..., None]
+        zero = np.clip(np.rint(-low * np.float32(part) * inverse), 0, top)
+        steps = _steps(rows, inverse, zero, top)
         product, square = np.einsum("nbs,nbs->nb", rows, steps), np.einsum("nbs,nbs->nb", steps, steps)
         # With the least-squares scale product / square the squared error is |w|^2 - product^2 / square.
         scale = product * _inverse(square)
-        gain = product * scale
-        better = gain > best_gain
-        best_gain = np.where(better, gain, best_gain)
-        np.copyto(codes, found.astype(np.uint8), where=better[..., None])
-        np.copyto(scales, scale, where=better)
-        np.copyto(zero_points, zero.astype(np.uint8), where=better)
-    return Blocks(bits, codes, scales, zero_points)
+        better = product * scale > best_gain
+        for target, found in ((best_gain, product * scale), (scales, scale), (inverses, inverse), (zeros, zero)):
+            np.copyto(target, found, where=better)
+    codes = _steps(rows, inverses, zeros, top) + zeros[..., None]
+    return Blocks(bits, codes.astype(np.uint8), scales, zeros.astype(np.uint8))
+
+
+def _steps(
+    rows: npt.NDArray[np.float32],
+    inverse: npt.NDArray[np.float32],
+    zero: npt.NDArray[np.float32],
+    top: np.float32,
+) -> npt.NDArray[np.float32]:
+    """Weights in scale units, rounded, and clipped to what codes from 0 to `top` can say."""
+    steps = rows * inverse[..., None]
+    np.rint(steps, out=steps)
+    return np.clip(steps, -zero[..., None], (top - zero)[..., None], out=steps)
 
 
 def _inverse(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """1 / x, and 0 where x is 0."""
-    with np.errstate(divide="ignore"):
-        return np.where(values != 0, np.float32(1) / values, np.float32(0))
+    """1 / x, and 0 where x is too small to divide by."""
+    with np.errstate(divide="ignore", over="ignore"):
+        return np.where(np.abs(values) >= np.finfo(np.float32).tiny, np.float32(1) / values, np.float32(0))

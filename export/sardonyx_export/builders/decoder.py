@@ -47,15 +47,9 @@ class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
     """The graph, then its external data."""
     kv: KvLayout
     vocab_size: int
-    hidden_size: int
     max_model_len: int
-    precision: Precision
-    head_precision: Precision
-    accuracy_level: int
     weights: str
     """What became of each stored format, for the manifest."""
-    notes: list[str]
-    """What an operator should know about choices made on the way."""
 
 
 def build_decoder(
@@ -98,13 +92,8 @@ def build_decoder(
         files=files,
         kv=KvLayout(num_layers=len(spec.layers), num_kv_heads=spec.num_kv_heads, head_size=spec.head_size),
         vocab_size=spec.vocab_size,
-        hidden_size=spec.hidden_size,
         max_model_len=spec.max_model_len,
-        precision=options.precision,
-        head_precision=head_precision,
-        accuracy_level=level,
         weights=weights.summary() + activations,
-        notes=[],
     )
 
 

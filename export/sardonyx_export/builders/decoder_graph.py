@@ -180,8 +180,8 @@ class DecoderGraph:
         else:
             padded = self._normed_heads(index, packed)
         tables = ["", ""] if layer.rope is None else [f"rope.{layer.rope}.cos", f"rope.{layer.rope}.sin"]
-        # A window that no sequence outgrows is none; the kernel counts the tokens before the query.
-        window = layer.window - 1 if layer.window is not None and layer.window < spec.max_model_len else -1
+        # A window that no sequence outgrows is none. Like ours, the kernel's counts the query's own token.
+        window = layer.window if layer.window is not None and layer.window < spec.max_model_len else -1
         past = [f"past_key_values.{index}.key", f"past_key_values.{index}.value"]
         output, *_ = graph.node_with_outputs(
             "GroupQueryAttention",
