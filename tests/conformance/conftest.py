@@ -2,7 +2,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from tests.conformance.process import ServerProcess, serve
 from tests.tiny_models import TinyDecoder, make_language_model
 

@@ -1,4 +1,4 @@
-"""A server as its operator runs it: a process of its own, told by flags and signals, seen through its port and its log."""
+"""A server as its operator runs it: a process of its own, told by flags and signals, seen by its port and its log."""
 
 import http.client
 import os

@@ -5,7 +5,6 @@ import socket
 import struct
 
 import msgspec
-
 from tests.api.live import post_head
 
 

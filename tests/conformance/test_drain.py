@@ -6,7 +6,6 @@ import subprocess
 import time
 
 import msgspec
-
 from tests.api.live import post_head, read_answer
 from tests.conformance.process import events, serve
 

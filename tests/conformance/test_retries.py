@@ -2,13 +2,13 @@
 
 import openai
 import pytest
+from tests.api.conftest import answering
+from tests.api.live import listening
+from tests.tiny_models import make_language_model
 
 from sardonyx.errors import EngineError
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.text import TextLimits
-from tests.api.conftest import answering
-from tests.api.live import listening
-from tests.tiny_models import make_language_model
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-
 from tests.conformance.process import serve
 from tests.tiny_models import make_language_model
 
