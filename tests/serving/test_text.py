@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.serving.fakes import Script, Served, serving, spell
+from tests.serving.fakes import Script, Served, serving, spell, until
 
 from sardonyx.core import FinishReason, SamplingParams, Sequence
 from sardonyx.errors import (
@@ -39,6 +39,18 @@ def run(folder: Path, script: Script, test: Callable[[Served], Awaitable[None]],
             served.assert_idle()
 
     asyncio.run(main())
+
+
+def pause_at(served: Served, num_tokens: int) -> None:
+    """Steps wait, once, when a sequence has so many tokens, until the gate is opened."""
+
+    def script(sequence: Sequence) -> int:
+        if sequence.num_completion_tokens == num_tokens:
+            served.runner.gate.clear()
+            served.runner.script = LETTERS
+        return LETTERS(sequence)
+
+    served.runner.script = script
 
 
 def test_chunks_make_the_text_and_usage_counts_tokens(folder: Path) -> None:
@@ -152,12 +164,7 @@ def test_max_tokens_0_without_scores_costs_no_step(folder: Path) -> None:
 
 def test_a_stop_string_ends_the_sequence_in_the_engine_and_later_tokens_are_ignored(folder: Path) -> None:
     async def test(served: Served) -> None:
-        def script(sequence: Sequence) -> int:
-            if sequence.num_completion_tokens == 20:
-                served.runner.gate.clear()
-            return LETTERS(sequence)
-
-        served.runner.script = script
+        pause_at(served, 20)
         options = GenerationOptions(max_tokens=100, stop=("fgh",))
         generation = await served.model.start(["x"], options, request_id="r")
         (choice,) = await generation.collect()
@@ -419,9 +426,11 @@ def test_the_servers_time_limit_bounds_the_callers(folder: Path) -> None:
 
 def test_who_waits_too_long_for_a_slot_is_refused(folder: Path) -> None:
     async def test(served: Served) -> None:
+        pause_at(served, 5)
         first = await served.model.start(["x"], GenerationOptions(max_tokens=200), request_id="a")
-        await anext(aiter(first))
-        served.runner.gate.clear()
+        chunks = aiter(first)  # kept: an iterator that is dropped ends its generation
+        await anext(chunks)
+        await until(lambda: not served.runner.gate.is_set())
         second = await served.model.start(["y"], GenerationOptions(max_tokens=3), request_id="b")
         served.later_s = 61.0
         served.runner.gate.set()
@@ -442,18 +451,21 @@ def test_who_waits_too_long_for_the_tokenizer_is_told(folder: Path) -> None:
 
 def test_a_closed_iterator_frees_its_slots(folder: Path) -> None:
     async def test(served: Served) -> None:
+        pause_at(served, 5)
         generation = await served.model.start(["x"], GenerationOptions(max_tokens=200, n=4), request_id="r")
         chunks = aiter(generation)
         await anext(chunks)
         await chunks.aclose()  # type: ignore[attr-defined]
         assert served.model.num_active == 0
         assert served.admission.num_sequences == 0
+        served.runner.gate.set()
 
     run(folder, LETTERS, test)
 
 
 def test_abort_ends_choices_with_what_they_have_and_can_be_repeated(folder: Path) -> None:
     async def test(served: Served) -> None:
+        pause_at(served, 5)
         generation = await served.model.start(["x"], GenerationOptions(max_tokens=200, n=2), request_id="r")
         chunks = aiter(generation)
         first = await anext(chunks)
@@ -461,6 +473,7 @@ def test_abort_ends_choices_with_what_they_have_and_can_be_repeated(folder: Path
         assert served.model.stop_generation("r") == 1
         assert served.model.stop_generation() == 0
         generation.abort()
+        served.runner.gate.set()
         rest = [chunk async for chunk in chunks]
         text = "".join(chunk.text for chunk in [first, *rest] if chunk.index == first.index)
         assert text.startswith("abc"[: len(text)])
