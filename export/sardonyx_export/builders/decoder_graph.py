@@ -33,7 +33,7 @@ class DecoderGraph:
         linears: adds its linear layers.
         spec: what the model is.
         precision: of the layers' matrices.
-        head_precision: of the head, and of the embedding; fp32 and int8.
+        head_precision: of head and embedding; fp32 or int8.
         block_size: of quantised matrices.
     """
 
@@ -105,22 +105,15 @@ class DecoderGraph:
     def _embed(self) -> tuple[Matrix, str]:
         """The head's matrix and the embedded tokens (T, E)."""
         spec, names = self._spec, self._spec.names
-        tensors = {"embedding": f"{names.embedding}.weight", "head": f"{names.head}.weight"}
         shape = (spec.vocab_size, spec.hidden_size)
-        bits = {
-            role: self._weights.bits([name], self._head_precision)
-            for role, name in tensors.items()
-            if not (spec.tied_head and role == "head")
-        }
+        head_bits = self._weights.bits([], self._head_precision)
         # The quantised gather wants whole blocks, the quantised product does not.
-        embedding_bits = bits["embedding"] if shape[1] % self._block_size == 0 else 32
-        embedding = self._weights.matrix("embedding", [tensors["embedding"]], *shape, embedding_bits)
-        if not spec.tied_head:
-            head = self._weights.matrix("head", [tensors["head"]], *shape, bits["head"])
-        elif embedding_bits == bits["embedding"]:
-            head = embedding
-        else:
-            head = self._weights.matrix("head", [tensors["embedding"]], *shape, bits["embedding"])
+        embedding_bits = head_bits if shape[1] % self._block_size == 0 else 32
+        embedding = self._weights.matrix("embedding", [f"{names.embedding}.weight"], *shape, embedding_bits)
+        if spec.tied_head and embedding_bits == head_bits:
+            return embedding, self._look_up(embedding)
+        tensor = names.embedding if spec.tied_head else names.head
+        head = self._weights.matrix("head", [f"{tensor}.weight"], *shape, head_bits)
         return head, self._look_up(embedding)
 
     def _look_up(self, embedding: Matrix) -> str:
@@ -147,20 +140,21 @@ class DecoderGraph:
 
     def _layer(self, index: int, layer: Layer, added: str | None, residual: str) -> tuple[str, str]:
         """One layer. The residual stream is ``residual + added``, kept apart because the next norm adds them itself."""
-        names = self._spec.names
+        spec, names = self._spec, self._spec.names
         prefix = f"model.layers.{index}."
-        is_last = index == len(self._spec.layers) - 1
+        is_last = index == len(spec.layers) - 1
         hidden, residual = self._norm(prefix + names.attention_norm, added, residual)
         attended = self._attention(index, layer, hidden)
         if is_last:
             attended, residual = self._keep_wanted_rows(attended, residual)
         else:
             attended = self._graph.node("Gather", [attended, "row_scatter"], f"{prefix}attention")
-        has_bias = self._spec.attention_output_bias
-        added = self._project(f"{prefix}{names.attention_output}", attended, has_bias)
+        width = spec.num_heads * spec.head_size
+        added = self._project(prefix + names.attention_output, width, attended, has_bias=spec.attention_output_bias)
         added = self._post_norm(names.attention_post_norm, prefix, added)
         hidden, residual = self._norm(prefix + names.ffn_norm, added, residual)
-        added = self._project(f"{prefix}{names.down}", self._gated(prefix, hidden), self._spec.ffn_bias)
+        gated = self._gated(prefix, hidden)
+        added = self._project(prefix + names.down, spec.ffn_size, gated, has_bias=spec.ffn_bias)
         return self._post_norm(names.ffn_post_norm, prefix, added), residual
 
     def _attention(self, index: int, layer: Layer, hidden: str) -> str:
@@ -252,23 +246,19 @@ class DecoderGraph:
         return graph.node("Mul", [active, up], f"{prefix}mlp.gated")
 
     def _stack(self, name: str, tensors: list[str], num_rows: int, x: str, *, has_bias: bool) -> str:
+        """Several tensors as one layer, from the residual stream's width."""
         weights = [f"{tensor}.weight" for tensor in tensors]
         bits = self._weights.bits(weights, self._precision)
         matrix = self._weights.matrix(name, weights, num_rows, self._spec.hidden_size, bits)
         bias = self._weights.vector([f"{tensor}.bias" for tensor in tensors], num_rows) if has_bias else ""
         return self._linears.apply(x, matrix, bias=bias)
 
-    def _project(self, tensor: str, x: str, has_bias: bool) -> str:
+    def _project(self, tensor: str, num_columns: int, x: str, *, has_bias: bool) -> str:
         """Back to the residual stream's width, times what the model scales that by."""
-        scale = self._spec.residual_scale
-        num_columns = (
-            self._spec.ffn_size
-            if tensor.endswith(self._spec.names.down)
-            else self._spec.num_heads * self._spec.head_size
-        )
+        scale, width = self._spec.residual_scale, self._spec.hidden_size
         bits = self._weights.bits([f"{tensor}.weight"], self._precision)
-        matrix = self._weights.matrix(tensor, [f"{tensor}.weight"], self._spec.hidden_size, num_columns, bits, scale)
-        bias = self._weights.vector([f"{tensor}.bias"], self._spec.hidden_size, scale=scale) if has_bias else ""
+        matrix = self._weights.matrix(tensor, [f"{tensor}.weight"], width, num_columns, bits, scale)
+        bias = self._weights.vector([f"{tensor}.bias"], width, scale=scale) if has_bias else ""
         return self._linears.apply(x, matrix, bias=bias)
 
     def _norm(self, tensor: str, added: str | None, residual: str, *, scale: float = 1.0) -> tuple[str, str]:
