@@ -45,7 +45,9 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics) -> Lite
     keeper = Gatekeeper(
         api_keys=settings.api_keys,
         admin_keys=settings.admin_keys,
-        local_hosts=() if settings.allow_unauthenticated else ("localhost", "127.0.0.1", "::1", settings.host),
+        local_hosts=()
+        if settings.allow_unauthenticated
+        else ("localhost", "127.0.0.1", "[::1]", _url_host(settings.host)),
         origins=settings.cors_origins,
     )
     given = {"models": registry, "settings": settings, "metrics": metrics, "keeper": keeper}
@@ -63,7 +65,7 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics) -> Lite
         dependencies={name: _provide(value) for name, value in given.items()},
         exception_handlers=EXCEPTION_HANDLERS,
         request_max_body_size=settings.max_body_bytes,
-        cors_config=CORSConfig(allow_origins=list(settings.cors_origins)) if settings.cors_origins else None,
+        cors_config=_cors(settings),
         openapi_config=openapi_config(__version__, needs_key=bool(settings.api_keys)),
         logging_config=None,
         lifespan=[lambda _: _running(settings, registry, metrics)],
@@ -135,6 +137,18 @@ class _JsonFormatter(logging.Formatter):
         return msgspec.json.encode(fields, enc_hook=str).decode()
 
 
+def _cors(settings: Settings) -> CORSConfig | None:
+    # Without a list Litestar would allow every origin.
+    if not settings.cors_origins:
+        return None
+    return CORSConfig(allow_origins=list(settings.cors_origins), expose_headers=["x-request-id", "retry-after"])
+
+
+def _url_host(host: str) -> str:
+    """As a URL or a Host header spells an address."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host.lower()
+
+
 def _provide(value: Any) -> Provide:
     return Provide(lambda: value, sync_to_thread=False)
 
@@ -173,7 +187,7 @@ async def _load_models(settings: Settings, registry: Registry) -> None:
 
 def example_command(settings: Settings, *, has_chat_template: bool) -> str:
     """A curl command that works on this machine."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)  # noqa: S104 - compared, not bound
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, _url_host(settings.host))  # noqa: S104 - compared
     path, body = "completions", '{"prompt": "Once upon a time", "max_tokens": 32}'
     if has_chat_template:
         path, body = "chat/completions", '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'

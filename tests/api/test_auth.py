@@ -96,13 +96,13 @@ def test_an_open_server_ignores_keys(api):
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example:1"]
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example:1", "[", "::1", ""]
 )
 def test_an_open_server_cannot_be_reached_under_a_foreign_name(api, host):
     assert api.get("/v1/models", headers={"Host": host}).status_code == 403
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1", "[::1]:8000"])
+@pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST"])
 def test_an_open_server_answers_under_its_own_names(api, host):
     assert api.get("/v1/models", headers={"Host": host}).status_code == 200
 

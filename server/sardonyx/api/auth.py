@@ -6,9 +6,9 @@ Floor 5. Default deny: `Gatekeeper.guard` stands before every route of the appli
 
 import hashlib
 import hmac
+import re
 from collections.abc import Iterable
 from typing import Any
-from urllib.parse import urlsplit
 
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
@@ -20,6 +20,8 @@ PUBLIC = {"access": "public"}
 ADMIN = {"access": "admin"}
 """Loads and unloads models, or shows what only an operator should see."""
 
+_PORT = re.compile(r":\d*$")
+
 
 class Gatekeeper:
     """Checks the key of every request, and on a server without keys where a request comes from.
@@ -29,7 +31,8 @@ class Gatekeeper:
     With admin keys only, the API is open and the admin routes are not. With API keys only, each of them is an admin's.
 
     Args:
-        local_hosts: names under which the server may be called while it is open; empty: any.
+        local_hosts: names under which the server may be called while it is open, as in a Host header but without port;
+            none: any.
         origins: pages that may call it; ``*``: any.
     """
 
@@ -86,7 +89,7 @@ class Gatekeeper:
 
     def _refuse_foreign_pages(self, connection: ASGIConnection[Any, Any, Any, Any]) -> None:
         host = connection.headers.get("host", "")
-        if self._local_hosts and urlsplit(f"//{host}").hostname not in self._local_hosts:
+        if self._local_hosts and _PORT.sub("", host).lower() not in self._local_hosts:
             raise PermissionDenied(
                 "without API keys the server answers under its own address only, not to this Host header; "
                 "the operator may set keys, or allow_unauthenticated"

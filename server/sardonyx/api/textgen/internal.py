@@ -15,7 +15,7 @@ from sardonyx.api.body import decode_json
 from sardonyx.api.dependencies import Keeper, Models, ServerSettings
 from sardonyx.api.openai.schemas import ModelName, TokenId
 from sardonyx.api.openapi import answers, json_post
-from sardonyx.errors import ModelNotReady, PermissionDenied, UnsupportedFeature
+from sardonyx.errors import ModelNotFound, ModelNotReady, PermissionDenied, UnsupportedFeature
 from sardonyx.settings import Settings
 
 
@@ -133,7 +133,7 @@ class InternalController(Controller):
         """The default model."""
         try:
             model = models.resolve(None)
-        except ModelNotReady:
+        except (ModelNotFound, ModelNotReady):
             return ModelInfo(model_name="None")
         return ModelInfo(
             model_name=model.name,
