@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
@@ -102,6 +102,7 @@ def test_what_was_aborted_does_not_count_for_the_speed() -> None:
     assert admission.retry_after_s() == 1.0
 
 
+@settings(deadline=None)
 @given(jitter=st.floats(0, 1, exclude_max=True), busy_s=st.floats(1e-6, 1e6), queued=st.integers(0, 1 << 40))
 def test_retry_after_stays_between_1_and_30_seconds(jitter: float, busy_s: float, queued: int) -> None:
     clock = Clock()
@@ -173,3 +174,4 @@ class Admissions(RuleBasedStateMachine):
 
 
 TestAdmissions = Admissions.TestCase
+TestAdmissions.settings = settings(deadline=None)

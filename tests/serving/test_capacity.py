@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sardonyx.errors import ConfigError
@@ -14,20 +14,17 @@ def make(**fields: int) -> EngineLimits:
 
 
 def test_a_models_parameters_win_over_the_servers_settings() -> None:
-    settings = Settings(max_num_seqs=8, max_model_len=100, max_step_ms=50.0, kv_cache_bytes=7)
-    plain = engine_limits(LanguageModelOptions(), settings, 256)
+    server = Settings(max_num_seqs=8, max_model_len=100, max_step_ms=50.0, kv_cache_bytes=7)
+    plain = engine_limits(LanguageModelOptions(), server, 256)
     assert (plain.max_num_seqs, plain.max_model_len, plain.max_step_ms, plain.kv_cache_bytes) == (8, 100, 50.0, 7)
     options = LanguageModelOptions(max_num_seqs=2, max_model_len=50, max_step_ms=10.0, kv_cache_bytes=9)
-    own = engine_limits(options, settings, 256)
+    own = engine_limits(options, server, 256)
     assert (own.max_num_seqs, own.max_model_len, own.max_step_ms, own.kv_cache_bytes) == (2, 50, 10.0, 9)
 
 
 def test_nobody_can_ask_for_more_positions_than_the_graph_has() -> None:
-    for options, settings in (
-        (LanguageModelOptions(max_model_len=999), Settings()),
-        (LanguageModelOptions(), Settings()),
-    ):
-        limits = engine_limits(options, settings, 256)
+    for options in (LanguageModelOptions(max_model_len=999), LanguageModelOptions()):
+        limits = engine_limits(options, Settings(), 256)
         assert limits.max_model_len == 256
         assert limits.kv_cache_bytes is None
 
@@ -49,6 +46,7 @@ def test_a_budget_without_room_for_one_slot_names_what_to_lower() -> None:
     assert "memory_fraction leaves 500.0 MiB: lower max_model_len (to 400 at most)" in caught.value.reason
 
 
+@settings(deadline=None)
 @given(
     token_bytes=st.integers(1, 1 << 20),
     budget=st.integers(0, 1 << 40),

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sardonyx.core import FinishReason, SequenceEvent, TokenLogprobs
@@ -121,6 +121,7 @@ def test_a_character_that_the_prompt_began_is_completed(tokenizer: Tokenizer) ->
     assert run(make(tokenizer, prompt_ids=[first]), [second], FinishReason.LENGTH).text == "é"
 
 
+@settings(deadline=None)
 @given(data=st.data(), stops=st.lists(st.text("ab\n e", min_size=1, max_size=4), max_size=3))
 def test_text_and_count_are_those_of_the_first_complete_stop_string(
     tokenizer: Tokenizer, data: st.DataObject, stops: list[str]
@@ -146,6 +147,7 @@ def test_text_and_count_are_those_of_the_first_complete_stop_string(
     assert chunk.finish_reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
 
 
+@settings(deadline=None)
 @given(data=st.data(), stops=st.lists(st.text(min_size=1, max_size=3), max_size=3))
 def test_text_does_not_depend_on_how_tokens_come(tokenizer: Tokenizer, data: st.DataObject, stops: list[str]) -> None:
     ids = data.draw(st.lists(st.integers(5, tokenizer.vocab_size - 1), max_size=20))

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sardonyx.serving.memory import KvBudget, KvShare, free_memory_bytes
@@ -86,6 +86,7 @@ def test_what_an_operator_claims_is_given_and_missing_for_others() -> None:
     assert budget.take("d", 50).num_bytes == 0
 
 
+@settings(deadline=None)
 @given(
     total=st.integers(0, 1000),
     num_models=st.integers(1, 5),

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tiny_models import make_language_model
 
@@ -20,6 +20,7 @@ def make(tokenizer: Tokenizer, max_model_len: int = 32) -> PromptEncoder:
     return PromptEncoder(tokenizer, max_model_len=max_model_len, vocab_size=tokenizer.vocab_size)
 
 
+@settings(deadline=None)
 @given(text=st.text(alphabet=st.characters()))
 def test_text_is_measured_in_utf8_bytes(text: str) -> None:
     assert num_text_bytes(text) == len(text.encode("utf-8", "surrogatepass"))
@@ -37,6 +38,7 @@ def test_text_beyond_8_bytes_a_position_is_refused_unread(tokenizer: Tokenizer) 
         assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
 
 
+@settings(deadline=None)
 @given(prompt_len=st.integers(1, 40), max_tokens=st.none() | st.integers(0, 40), limit=st.none() | st.integers(-1, 40))
 def test_prompt_and_completion_always_fit_the_model(
     tokenizer: Tokenizer, prompt_len: int, max_tokens: int | None, limit: int | None
