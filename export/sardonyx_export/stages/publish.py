@@ -10,7 +10,7 @@ from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.plan import Plan
 from sardonyx_export.sources.gguf_file import file_sha256
 
-_TOOLS = ("sardonyx", "onnx", "onnx-ir", "onnxruntime", "gguf", "numpy", "tokenizers")
+_TOOLS = ("sardonyx", "onnx", "onnxruntime", "gguf", "numpy", "tokenizers")
 
 _CONFIG = """\
 # Export wrote this file once and leaves it alone from now on: it is yours to edit.
