@@ -5,6 +5,7 @@ Floor 6. `create_app` puts the parts together that it is given; `run` makes them
 
 import asyncio
 import contextlib
+import gc
 import logging
 import shlex
 import time
@@ -94,6 +95,9 @@ def run(settings: Settings) -> None:
             front.is_draining = True
             await registry.drain(settings.drain_grace_s if with_grace else 0.0, settings.drain_timeout_s)
 
+        # What is imported is never freed: 70,000 objects, which cost each full collection 25 to 40 ms without a token.
+        gc.collect()
+        gc.freeze()
         logger.info("listening on %s:%d, loading models from %s", settings.host, settings.port, settings.repository)
         DrainingServer(app, drain).run(sockets=[listener])
     logger.info("stopped")

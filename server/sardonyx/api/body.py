@@ -23,6 +23,8 @@ a body's bytes but its containers: 10 MB of ``[0],`` take a second of the event 
 
 _AT = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$")
 _INDEX = re.compile(r"\[(\d+|\.\.\.)\]")
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ANYTHING = msgspec.json.Decoder(Any)
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
@@ -44,9 +46,7 @@ class StrictJson(AbstractDTO[Any]):
         if media_type != "application/json" and not media_type.endswith("+json"):
             raise HTTPException(status_code=415, detail="send the body as JSON, with Content-Type: application/json")
         body = decode_json(value, self.decoder)
-        refused = getattr(self.model_type, "refused", None)
-        if refused:
-            refuse_fields(value, refused)
+        refuse_fields(value, getattr(self.model_type, "refused", {}))
         return body
 
     @classmethod
@@ -74,14 +74,14 @@ def json_body(model: type[msgspec.Struct]) -> type[StrictJson]:
     return type(f"{model.__name__}Body", (StrictJson,), {"model_type": model, "decoder": msgspec.json.Decoder(model)})
 
 
-def decode_json(body: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
+def decode_json(body: bytes | msgspec.Raw, decoder: msgspec.json.Decoder[Any]) -> Any:
     """Decode one JSON document.
 
     Raises:
         InvalidRequest: as `StrictJson.decode_bytes`.
         PayloadTooLarge: too many containers.
     """
-    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+    if isinstance(body, bytes) and body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
         raise PayloadTooLarge(f"the body opens more than {MAX_CONTAINERS:,} brackets and braces; split the request")
     try:
         return decoder.decode(body)
@@ -103,10 +103,13 @@ def refuse_fields(body: bytes, refused: Mapping[str, tuple[object, ...]]) -> Non
 
     Raises:
         UnsupportedFeature: names the field.
+        InvalidRequest: one of them is nested too deeply.
     """
-    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    if not refused:
+        return
+    fields = decode_json(body, _FIELDS)
     for name in fields.keys() & refused.keys():
-        value = msgspec.json.decode(fields[name])
+        value = decode_json(fields[name], _ANYTHING)
         if value is None or value in ("", [], {}):
             continue
         # 0 == False in Python, but 0 is no answer to "early_stopping: bool" that anybody would mean otherwise.
