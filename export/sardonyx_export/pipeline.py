@@ -50,6 +50,7 @@ def run_export(request: ExportRequest, *, progress: Progress, announce: Callable
         opened.checkpoint,
         name=request.name or opened.name,
         precision=request.precision,
+        activations=request.activations,
         max_model_len=request.max_model_len,
         target=request.target,
     )
@@ -64,6 +65,7 @@ def run_export(request: ExportRequest, *, progress: Progress, announce: Callable
             revision=opened.revision,
             graphs={"decoder": [file.name for file in report.files]},
             weights=report.weights,
+            activations=report.activations,
             llm=llm,
             parity=[parity],
         )
@@ -79,7 +81,12 @@ def _build_and_verify(
     tokenizer = load_tokenizer(checkpoint)
     special = read_special_tokens(checkpoint, tokenizer, vocab_size=spec.vocab_size)
     prompts = make_prompts(tokenizer, vocab_size=spec.vocab_size, max_model_len=plan.max_model_len)
-    options = BuildOptions(precision=plan.precision, max_model_len=plan.max_model_len, target=plan.target)
+    options = BuildOptions(
+        precision=plan.precision,
+        activations=plan.activations,
+        max_model_len=plan.max_model_len,
+        target=plan.target,
+    )
     report = build_decoder(checkpoint, folder, options, lambda done, total: progress("build", done, total))
     llm = LanguageModel(
         vocab_size=report.vocab_size,

@@ -11,6 +11,7 @@ from sardonyx_export.errors import ExportError
 
 Precision = Literal["fp32", "int8", "int4"]
 Target = Literal["cpu"]
+Activations = Literal["fp32", "int8"]
 
 _BYTES_PER_WEIGHT = {"fp32": 4.0, "int8": 1.125, "int4": 0.625}
 """With a float32 scale for every 32 weights."""
@@ -26,6 +27,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Of the model in the repository."""
     architecture: str
     precision: Precision
+    activations: Activations | None
+    """What the kernels make of activations; ``None``: the builder's choice, see `builders.decoder.BuildOptions`."""
     max_model_len: int
     """Positions that the graph is built for."""
     target: Target
@@ -41,6 +44,7 @@ def make_plan(
     *,
     name: str,
     precision: Precision | Literal["auto"] = "auto",
+    activations: Activations | None = None,
     max_model_len: int | None = None,
     target: Target = "cpu",
 ) -> Plan:
@@ -75,6 +79,7 @@ def make_plan(
         name=name,
         architecture=checkpoint.config["architectures"][0],
         precision=chosen,
+        activations=activations,
         max_model_len=max_model_len or context,
         target=target,
         num_parameters=num_parameters,

@@ -11,7 +11,7 @@ import msgspec
 from sardonyx.errors import ConfigError, ModelNotFound
 from sardonyx.repository.layout import ModelEntry, Repository, check_files, read_manifest
 from sardonyx.repository.manifest import Manifest
-from sardonyx_export.plan import Precision, Target
+from sardonyx_export.plan import Activations, Precision, Target
 from sardonyx_export.sources.resolve import parse_source, source_uri
 
 
@@ -24,6 +24,8 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None = None
     """Of the model; ``None``: made from the source's."""
     precision: Precision | Literal["auto"] = "auto"
+    activations: Activations | None = None
+    """``None``: what suits the precision and the source."""
     max_model_len: int | None = None
     """Positions that the graph is built for; ``None``: the model's own."""
     target: Target = "cpu"
@@ -106,6 +108,7 @@ def _is_wanted(manifest: Manifest, request: ExportRequest, uri: str) -> bool:
         manifest.source.uri == uri
         and manifest.target == request.target
         and request.precision in ("auto", manifest.precision)
+        and request.activations in (None, manifest.activations)
         and request.max_model_len in (None, built_len)
         and (request.sha256 is None or request.sha256.lower() == manifest.source.sha256)
     )

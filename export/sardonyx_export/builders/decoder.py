@@ -28,11 +28,11 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Of head and embedding. ``None``: fp32 in an fp32 graph, else int8."""
     block_size: int = 32
     """Weights that share a scale."""
-    accuracy_level: Literal[1, 4] | None = None
-    """MatMulNBits' words: 1 keeps activations fp32, 4 rounds them to int8 inside the kernel.
+    activations: Literal["fp32", "int8"] | None = None
+    """What quantised matrix products make of their other operand: keep it, or round it in blocks inside the kernel.
 
-    ``None``: 1 for int4 where the source's own 4-bit blocks are kept, since rounding activations would then be the only
-    error (of the demo model's greedy texts, it changes every second one within 32 tokens); 4 elsewhere, where the
+    ``None``: fp32 for int4 where the source's own 4-bit blocks are kept, since rounding activations would then be the only
+    error (of the demo model's greedy texts, it changes every second one within 32 tokens); int8 elsewhere, where the
     weights' own error hides it.
     """
     max_model_len: int | None = None
@@ -48,6 +48,8 @@ class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
     kv: KvLayout
     vocab_size: int
     max_model_len: int
+    activations: Literal["fp32", "int8"]
+    """As in `BuildOptions`; fp32 in an fp32 graph."""
     weights: str
     """What became of each stored format, for the manifest."""
 
@@ -71,11 +73,11 @@ def build_decoder(
     if options.block_size not in _BLOCK_SIZES:
         raise ExportError(f"is {options.block_size}; possible: {', '.join(map(str, _BLOCK_SIZES))}", field="block_size")
     spec = read_spec(checkpoint.config, options.max_model_len)
-    level = options.accuracy_level or _default_accuracy_level(checkpoint, options)
+    activations = options.activations or _default_activations(checkpoint, options)
     head_precision: Precision = options.head_precision or ("fp32" if options.precision == "fp32" else "int8")
     with GraphWriter(target_dir) as graph:
         weights = WeightWriter(graph, checkpoint, options.block_size, progress)
-        linears = Linears(graph, options.block_size, has_exact_activations=level == 1)
+        linears = Linears(graph, options.block_size, has_exact_activations=activations == "fp32")
         DecoderGraph(
             graph,
             weights,
@@ -87,21 +89,24 @@ def build_decoder(
         ).write()
         weights.check_all_used(lambda name: _is_ignored(name, spec))
         files = graph.save("decoder")
-    activations = "" if options.precision == "fp32" else f"; activations {'fp32' if level == 1 else 'int8'}"
+    described = "" if options.precision == "fp32" else f"; activations {activations}"
     return BuildReport(
         files=files,
         kv=KvLayout(num_layers=len(spec.layers), num_kv_heads=spec.num_kv_heads, head_size=spec.head_size),
         vocab_size=spec.vocab_size,
         max_model_len=spec.max_model_len,
-        weights=weights.summary() + activations,
+        activations=activations,
+        weights=weights.summary() + described,
     )
 
 
-def _default_accuracy_level(checkpoint: Checkpoint, options: BuildOptions) -> Literal[1, 4]:
-    if options.precision != "int4" or options.block_size != gguf_blocks.BLOCK_SIZE:
-        return 4
+def _default_activations(checkpoint: Checkpoint, options: BuildOptions) -> Literal["fp32", "int8"]:
+    if options.precision == "fp32":
+        return "fp32"
+    if options.precision == "int8" or options.block_size != gguf_blocks.BLOCK_SIZE:
+        return "int8"
     storages = {checkpoint.tensor(name).storage for name in checkpoint.names()}
-    return 1 if storages & gguf_blocks.FOUR_BIT_FORMATS else 4
+    return "fp32" if storages & gguf_blocks.FOUR_BIT_FORMATS else "int8"
 
 
 def _is_ignored(name: str, spec: DecoderSpec) -> bool:

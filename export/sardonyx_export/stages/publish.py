@@ -7,7 +7,7 @@ from pathlib import Path
 from sardonyx.repository import manifest
 from sardonyx.repository.manifest import Graph, GraphFile, LanguageModel, Manifest, Parity, Source
 from sardonyx_export.checkpoint import Checkpoint
-from sardonyx_export.plan import Plan
+from sardonyx_export.plan import Activations, Plan
 from sardonyx_export.sources.gguf_file import file_sha256
 
 _TOOLS = ("sardonyx", "onnx", "onnxruntime", "gguf", "numpy", "tokenizers")
@@ -32,6 +32,7 @@ def write_version(
     revision: str | None,
     graphs: dict[str, list[str]],
     weights: str,
+    activations: Activations,
     llm: LanguageModel,
     parity: list[Parity],
 ) -> Manifest:
@@ -44,6 +45,7 @@ def write_version(
         revision: the hub's commit, where the source has one.
         graphs: file names by role, the model first, then its data files.
         weights: what became of the stored weights, in words.
+        activations: what became of activations.
         llm: limits, cache layout and special tokens.
         parity: what verification measured.
     """
@@ -53,6 +55,7 @@ def write_version(
     described = Manifest(
         family="llm",
         precision=plan.precision,
+        activations=activations,
         target=plan.target,
         graphs={
             role: Graph(model=_describe(folder / files[0]), data=[_describe(folder / file) for file in files[1:]])

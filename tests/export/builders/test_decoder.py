@@ -123,10 +123,10 @@ def test_gguf_blocks_of_four_bits_lose_nothing(tmp_path: Path, storage: str) -> 
     assert quantised.files[1].stat().st_size < plain.files[1].stat().st_size / 4
 
 
-def test_activations_are_rounded_when_accuracy_level_4_is_asked_for(tmp_path: Path) -> None:
+def test_activations_are_rounded_when_that_is_asked_for(tmp_path: Path) -> None:
     checkpoint = ArrayCheckpoint(CONFIG, as_gguf(arrays(), "Q4_0", "Q8_0"))
-    rounded = build(tmp_path / "4", checkpoint, precision="int4", accuracy_level=4)
-    exact = build(tmp_path / "1", checkpoint, precision="int4")
+    rounded = build(tmp_path / "rounded", checkpoint, precision="int4", activations="int8")
+    exact = build(tmp_path / "exact", checkpoint, precision="int4")
     ids = list(range(20))
     difference = np.abs(logits(rounded, ids) - logits(exact, ids)).max()
     assert 1e-2 < difference < 1
@@ -169,10 +169,8 @@ def test_a_hidden_size_that_is_no_multiple_of_the_block_works_in_every_precision
     sizes = {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3}
     checkpoint = ArrayCheckpoint(CONFIG | sizes, arrays(**sizes))
     outputs = [
-        logits(
-            build(tmp_path / f"{precision}-{level}", checkpoint, precision=precision, accuracy_level=level), [1, 2, 3]
-        )
-        for precision, level in (("fp32", 4), ("int8", 4), ("int8", 1), ("int4", 1))
+        logits(build(tmp_path / f"{precision}-{kept}", checkpoint, precision=precision, activations=kept), [1, 2, 3])
+        for precision, kept in (("fp32", "fp32"), ("int8", "int8"), ("int8", "fp32"), ("int4", "fp32"))
     ]
     for output in outputs[1:]:
         assert np.sqrt(((output - outputs[0]) ** 2).mean()) / outputs[0].std() < 0.2
