@@ -70,5 +70,5 @@ class Checkpoint(Protocol):
         ...
 
     def texts(self) -> dict[str, bytes]:
-        """``tokenizer.json``; where known ``tokenizer_config.json``, ``chat_template.jinja``, ``generation_config.json``."""
+        """``tokenizer.json``; where known ``tokenizer_config.json``, ``generation_config.json``, a chat template."""
         ...

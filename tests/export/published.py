@@ -33,6 +33,7 @@ def publish(root: Path, source: Path, content: bytes) -> int:
             plan,
             revision=None,
             graphs={"decoder": ["model.onnx", "model.onnx.data"]},
+            activations="fp32",
             weights="F32 -> int8",
             llm=_LLM,
             parity=[PARITY],

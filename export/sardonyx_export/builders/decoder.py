@@ -31,9 +31,9 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     activations: Literal["fp32", "int8"] | None = None
     """What quantised matrix products make of their other operand: keep it, or round it in blocks inside the kernel.
 
-    ``None``: fp32 for int4 where the source's own 4-bit blocks are kept, since rounding activations would then be the only
-    error (of the demo model's greedy texts, it changes every second one within 32 tokens); int8 elsewhere, where the
-    weights' own error hides it.
+    ``None``: fp32 for int4 where the source's own 4-bit blocks are kept, since rounding activations would then be the
+    only error (of the demo model's greedy texts, it changes every second one within 32 tokens); int8 elsewhere, where
+    the weights' own error hides it.
     """
     max_model_len: int | None = None
     """Positions to serve; ``None``: as many as the checkpoint was made for."""
