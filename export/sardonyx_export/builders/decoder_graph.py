@@ -10,8 +10,8 @@ Names and shapes of inputs and outputs are those of the packed-step contract:
     past_key_values.{i}.key|value → present.{i}.key|value (B, K, C, D) float32, the same buffer bound twice
     logits (N, V) float32
 
-``total_sequence_length`` is an upper bound that the kernel refuses above C and above the rotary tables' rows: the smaller
-of C and ``max_model_len``.
+``total_sequence_length`` is an upper bound that the kernel refuses above C and above the rotary tables' rows: the
+smaller of C and ``max_model_len``.
 """
 
 import numpy as np
