@@ -43,12 +43,11 @@ _LAG_INTERVAL_S = 0.5
 
 def create_app(settings: Settings, registry: Registry, metrics: Metrics) -> Litestar:
     """The ASGI application. Its lifespan starts and closes the registry."""
+    own_hosts = ("localhost", "127.0.0.1", "[::1]", _url_host(settings.host))
     keeper = Gatekeeper(
         api_keys=settings.api_keys,
         admin_keys=settings.admin_keys,
-        local_hosts=()
-        if settings.allow_unauthenticated
-        else ("localhost", "127.0.0.1", "[::1]", _url_host(settings.host)),
+        local_hosts=() if settings.allow_unauthenticated else own_hosts,
         origins=settings.cors_origins,
     )
     given = {"models": registry, "settings": settings, "metrics": metrics, "keeper": keeper}

@@ -42,6 +42,7 @@ class Front:
         assert scope["type"] == ScopeType.HTTP, "the server is started without websockets"
         started_s = time.monotonic()
         request_id = _request_id(scope)
+        scope["state"]["request_id"] = request_id.decode()
         status = 499  # nothing was sent
 
         async def send_answer(message: Message) -> None:

@@ -1,6 +1,6 @@
 import pytest
 from tests.api.conftest import ANSWER
-from tests.api.live import frames
+from tests.api.live import application, frames
 
 from sardonyx.api.openai.schemas import CompletionRequest
 
@@ -294,3 +294,15 @@ def merged(chunks):
                 for key, values in (choice["logprobs"] or {}).items():
                     whole["logprobs"][key] += values
     return list(choices.values())
+
+
+def test_a_gap_is_filled_by_a_model_that_has_tokens_for_it(script_source):
+    with application(script_source) as api:
+        api.served.model.tokenizer.token_id = lambda token: 1
+        choice = api.complete(prompt="a", suffix="b", return_token_ids=True).json()["choices"][0]
+        prompt = api.post("/detokenize", {"tokens": choice["prompt_token_ids"]}).json()["prompt"]
+        assert prompt == "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>"
+        assert choice["text"] == ANSWER
+        answer = api.complete(prompt="a", suffix="b", echo=True)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "echo"

@@ -87,6 +87,7 @@ def test_a_bug_is_an_internal_error_that_is_logged_with_its_cause(script_source,
         assert answer.headers["x-should-retry"] == "false"
         assert "NoneType" not in answer.text
     assert "NoneType" in caplog.text
+    assert answer.headers["x-request-id"] in caplog.text
 
 
 def test_a_failed_step_fails_its_request_only(script_source):

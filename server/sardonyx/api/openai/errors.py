@@ -120,7 +120,7 @@ def _answer_http_exception(request: Request, error: HTTPException) -> Response[b
     if error.status_code >= 500:
         return _answer_unexpected(request, error)
     if error.status_code == 404:
-        message = f"no such endpoint: {request.method} {request.scope['path']}"
+        message = f"no such endpoint: {request.method} {request.scope['path'][:128]}"
     elif error.status_code == 413:
         message = "the body is over the server's limit; split the request"
     else:
@@ -130,7 +130,7 @@ def _answer_http_exception(request: Request, error: HTTPException) -> Response[b
 
 
 def _answer_unexpected(request: Request, error: Exception) -> Response[bytes]:  # type: ignore[type-arg]  # as above
-    logger.error("%s %s failed", request.method, request.scope["path"], exc_info=error)
+    logger.error("request %s failed", request.scope["state"].get("request_id"), exc_info=error)
     return _json(encode_error(error), 500, _FINAL)
 
 
