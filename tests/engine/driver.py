@@ -46,9 +46,10 @@ class Driver:
         """Run one step, with the copies and rows it had in `batch`; false when there was nothing to run."""
         self.batch = self.policy.schedule(self.now_s)
         if self.batch is not None:
-            self.now_s += self.step_s(self.batch)
             try:
-                self.policy.update(self.batch, self.runner.execute(self.batch), self.now_s)
+                output = self.runner.execute(self.batch)
+                self.now_s += self.step_s(self.batch)
+                self.policy.update(self.batch, output, self.now_s)
             except EngineError as error:
                 self.policy.fail(self.batch, error.message)
         for event in self.policy.take_events():
