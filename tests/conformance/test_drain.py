@@ -81,6 +81,7 @@ def test_ctrl_c_on_an_idle_server_does_not_wait_for_balancers(repository, tmp_pa
 
 def test_the_command_that_is_logged_works(repository, tmp_path):
     with serve(repository, tmp_path / "log") as server:
+        server.wait_for(lambda: " curl " in server.log())
         line = next(line for line in server.log().splitlines() if " curl " in line)
         command = shlex.split(line[line.index("curl ") :])
         answer = subprocess.run([*command, "--silent"], capture_output=True, check=True, timeout=30)
