@@ -319,6 +319,19 @@ def test_youngest_sequence_is_preempted_when_the_kv_budget_is_exceeded():
         assert driver.tokens(request.id) == complete(request, driver.limits)[0]
 
 
+def test_prompt_logprobs_start_again_after_a_preemption():
+    limits = make_limits(max_model_len=1000, max_chunk_tokens=1)
+    driver = Driver(limits, kv_budget_tokens=1000)
+    prompt = [2] * 530
+    driver.submit("old", [1] * 400, max_tokens=200)
+    while not driver.tokens("old"):
+        driver.step()
+    driver.submit("young", prompt, num_prompt_logprobs=0, max_tokens=2)
+    driver.run()
+    assert driver.sequences["young"].num_preemptions == 1
+    assert driver.events["young"][0].prompt_logprobs == [prompt_logprob(prompt, i) for i in range(1, 530)]
+
+
 def test_free_slots_forget_before_anybody_is_preempted():
     driver = Driver(make_limits(max_model_len=100), kv_budget_tokens=160)
     driver.submit("past", [1] * 90, max_tokens=1)

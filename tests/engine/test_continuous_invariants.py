@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -21,6 +22,7 @@ from sardonyx.errors import EngineError
 
 MAX_MODEL_LEN = 120
 VOCAB_SIZE = 5
+COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 
 # Prompts are the start of one of two texts and a tail, so that they share prefixes of every length.
 TEXTS = [[random.Random(seed).randrange(VOCAB_SIZE) for _ in range(MAX_MODEL_LEN)] for seed in range(2)]
@@ -166,29 +168,32 @@ class ContinuousBatching(RuleBasedStateMachine):
             tokens, reason = complete(request, driver.limits)
             events = driver.events[request_id]
             assert sum(event.finish_reason is not None for event in events) == 1
-            if driver.finish_reason(request_id) in (FinishReason.STOP, FinishReason.LENGTH):
+            if driver.finish_reason(request_id) in COMPLETE:
                 assert (driver.tokens(request_id), driver.finish_reason(request_id)) == (tokens, reason)
             else:
                 assert driver.tokens(request_id) == tokens[: len(driver.tokens(request_id))]
             scores = [event.prompt_logprobs for event in events if event.prompt_logprobs is not None]
             if request.num_prompt_logprobs is None:
                 assert not scores
-            elif driver.finish_reason(request_id) in (FinishReason.STOP, FinishReason.LENGTH):
+            elif driver.finish_reason(request_id) in COMPLETE:
                 prompt = request.prompt_ids
                 assert scores == [[prompt_logprob(prompt, i) for i in range(1, len(prompt))]]
         stats = driver.policy.stats()
         assert (stats.num_running, stats.num_waiting) == (0, 0)
 
-        if os.environ.get("CNT"):
-            open(os.environ["CNT"], "a").write(
-                f"{len(self.requests)} {stats.num_preemptions} {getattr(driver, 'num_copies', 0)} {getattr(driver, 'max_copies', 0)} {stats.prefix_hit_tokens}\n"
-            )
+
+def run(max_examples):
+    examples = settings(
+        max_examples=max_examples, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    run_state_machine_as_test(ContinuousBatching, settings=examples)
 
 
 def test_any_history_gives_every_request_its_own_tokens_and_one_end():
-    run_state_machine_as_test(
-        ContinuousBatching,
-        settings=settings(
-            max_examples=250, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
-    )
+    run(150)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_many_more_histories_give_every_request_its_own_tokens_and_one_end():
+    run(5000)
