@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.runners import naive_sampler
 
@@ -59,6 +59,7 @@ rows_strategy = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(rows_strategy, sequence_strategy)
 def test_token_is_the_one_that_full_sorts_would_give(row, sequence):
     sampler = Sampler(V)
@@ -68,6 +69,7 @@ def test_token_is_the_one_that_full_sorts_would_give(row, sequence):
         assert sampler.sample(row[None], [sequence]).token_ids == [naive_sampler.draw(row, sequence, position)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(rows_strategy, sequence_strategy), min_size=2, max_size=6), st.integers(0, 5))
 def test_row_gives_the_same_token_alone_and_in_any_batch(rows, place):
     place %= len(rows)
@@ -111,6 +113,7 @@ def test_tokens_are_drawn_as_often_as_their_weights_say(params):
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
 
 
+@settings(deadline=None)
 @given(st.integers(), st.integers(0, 10**6))
 def test_uniform_is_in_its_range_and_repeatable(seed, position):
     value = uniform(seed, position)

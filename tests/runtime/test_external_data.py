@@ -3,7 +3,7 @@ import os
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import _get_all_tensors
@@ -197,6 +197,7 @@ def test_empty_missing_and_foreign_files_are_config_errors(tmp_path):
         check_external_data(path)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(data):
     read_or_refuse(data)
@@ -207,6 +208,7 @@ VALID = b"".join(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), max_size=6), st.integers(0, len(VALID)))
 def test_damaged_models_are_read_or_refused(changes, length):
     data = bytearray(VALID)
@@ -215,6 +217,7 @@ def test_damaged_models_are_read_or_refused(changes, length):
     read_or_refuse(bytes(data[:length]))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(PLACES), st.text(max_size=5), st.integers(0, 10**12)), max_size=8))
 def test_reader_finds_what_the_onnx_package_finds(tensors):
     merged = onnx.ModelProto()

@@ -28,11 +28,11 @@ _logger = logging.getLogger(__name__)
 
 Logits = npt.NDArray[np.float32]
 
-MAX_PADDING = 512
+MAX_PADDING = 1024
 """Padded positions that sharing a session run may add; see `plan_runs`."""
 
 _MAX_BINDINGS = 64
-"""Windows of slots whose bindings are kept. One of 30 layers is 120 bound tensors: 60 kB, and 0.3 ms to make."""
+"""Windows of slots whose bindings are kept. One of 30 layers is 120 bound tensors: 0.4 ms to make."""
 
 
 @dataclass(slots=True)
@@ -84,6 +84,8 @@ class DecoderRunner:
         New tokens of all rows lie one after the other in a single axis, so no matrix product sees padding; only the
         attention operator works on the padded view (B, S). Present tensors are the past tensors' own buffers: the step
         appends in place and returns no cache. `plan_runs` may divide the pass among several session runs.
+
+        Without the session, a step takes 0.03 ms for one greedy row and 0.35 ms for 32 (V = 49,152).
 
         Tensors bound for the session:
             input_ids                (T,)          int64

@@ -42,13 +42,14 @@ class Sampler:
         self._ids: Ids = np.arange(vocab_size)
         self._row = np.empty(vocab_size, np.float32)
         self._distances = np.empty(vocab_size, np.float32)
+        self._weights = np.empty(vocab_size, np.float32)
 
     def sample(self, logits: Floats, sequences: list[Sequence]) -> Samples:
         """Draw the next token of each sequence.
 
         Greedy rows share one argmax. The others are drawn row by row, so that a row's token depends on nothing but
         its logits, its sequence and its seed, to the bit, and because a row of V values stays in the core's own cache.
-        With V = 49,152: 32 greedy rows 0.25 ms, 32 rows with top_p 4 ms.
+        Measured for 32 rows of real logits, V = 49,152: greedy 0.25 ms, temperature alone 3 ms, with top_p 5 ms.
 
         Args:
             logits: ``(N, V)``, raw. Left as they are.
@@ -119,7 +120,8 @@ class Sampler:
         if 0 < params.top_k < len(ids):
             near = _nearest(distances, params.top_k)
             ids, distances = ids[near], distances[near]
-        weights = np.exp(-distances)
+        weights = np.negative(distances, out=self._weights[: len(ids)])
+        np.exp(weights, out=weights)
         if params.top_p < 1.0:
             kept = _nucleus(distances, weights, params.top_p)
             ids, distances, weights = ids[kept], distances[kept], weights[kept]
@@ -176,18 +178,19 @@ def _nearest(distances: Floats, num_kept: int) -> Ids:
 def _nucleus(distances: Floats, weights: Floats, top_p: float) -> Ids:
     """Indices of the smallest set of the likeliest tokens that has at least the share `top_p` of all weight, ascending.
 
-    Only a few tokens are sorted, and no token of the set is missed: those lighter than ``(1 - top_p) * total / n`` are
-    fewer than n, so together they weigh less than ``(1 - top_p) * total``, and the others, which are all heavier than
-    they, hold the set. Where rounding spoils that (top_p within 1e-11 of 1), all are sorted.
+    Only the heavy ones are sorted: if those above some bound weigh enough together, the set is among them. A bound of
+    ``(1 - top_p) * total / n`` always does, for fewer than n lighter tokens weigh less than ``(1 - top_p) * total``
+    together; one that is n / 1000 times higher nearly always does and leaves fewer to sort. The last bound is for
+    rounding (top_p within 1e-11 of 1).
     """
     total = weights.sum(dtype=np.float64)
     target = top_p * total
-    heavy = np.flatnonzero(weights >= (1.0 - top_p) * total / len(weights))
-    order = heavy[_order(distances[heavy])]
-    mass = weights[order].cumsum(dtype=np.float64)
-    if mass[-1] < target:
-        order = _order(distances)
+    for share in (1e-3, 1 / len(weights), 0.0):
+        heavy = np.flatnonzero(weights >= (1.0 - top_p) * total * share)
+        order = heavy[_order(distances[heavy])]
         mass = weights[order].cumsum(dtype=np.float64)
+        if len(mass) and mass[-1] >= target:
+            break
     return np.sort(order[: int(mass.searchsorted(target)) + 1])
 
 
