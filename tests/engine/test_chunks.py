@@ -60,11 +60,18 @@ def test_overdue_prompt_gets_its_guard_and_the_others_their_part():
     assert chunks == [64, 12]
 
 
+def test_guard_adds_nothing_where_time_allows_more():
+    for max_s, chunk in ((0.1, 100), (0.05, 64)):
+        assert divide_chunks([prompt(4000)], limits(max_s=max_s, min_oldest_tokens=64), millisecond_a_token()) == [
+            chunk
+        ]
+
+
 @given(
     sizes=st.lists(st.tuples(st.integers(2, 300), st.integers(0, 298)), min_size=1, max_size=6),
     max_chunk_tokens=st.integers(1, 64),
     max_tokens=st.integers(1, 128),
-    max_s=st.sampled_from([0.0, 0.01, 0.1, math.inf]),
+    max_s=st.sampled_from([0.0, 0.003, 0.01, 0.1, math.inf]),
     min_tokens=st.integers(1, 32),
     guard=st.integers(0, 64),
     is_known=st.booleans(),

@@ -56,12 +56,22 @@ def divide_chunks(sequences: collections.abc.Sequence[Sequence], limits: ChunkLi
     share, share_s = max(1, max_tokens // _OLDEST_SHARE), max_s / _OLDEST_SHARE
     chunk = max(1, min(share, cost.max_chunk_tokens(num_past, share_s)), limits.min_oldest_tokens)
     chunks[0] = min(chunk, limits.max_tokens, room(0))
-    num_left = min(max_tokens - min(chunks[0], share), limits.max_tokens - chunks[0])
-    left_s = max_s - min(share_s, cost.chunk_s(num_past, chunks[0]))
+    # What the guard takes beyond the oldest's share is not the others' loss, and counts when the oldest takes more.
+    past_share = max(0, chunks[0] - share)
+    past_share_s = max(0.0, cost.chunk_s(num_past, chunks[0]) - share_s)
+    num_left = max_tokens - chunks[0] + past_share
+    left_s = max_s - cost.chunk_s(num_past, chunks[0]) + past_share_s
     for i in sorted(range(len(sequences)), key=lambda i: sequences[i].num_pending_tokens):
         num_past = sequences[i].num_computed_tokens + chunks[i]
-        num_more = min(room(i), num_left, cost.max_chunk_tokens(num_past, left_s))
-        chunks[i] += num_more
-        num_left -= num_more
-        left_s -= cost.chunk_s(num_past, num_more)
+        is_oldest = i == 0
+        num_more = min(
+            room(i),
+            num_left - past_share * is_oldest,
+            limits.max_tokens - sum(chunks),
+            cost.max_chunk_tokens(num_past, left_s - past_share_s * is_oldest),
+        )
+        if num_more > 0:
+            chunks[i] += num_more
+            num_left -= num_more
+            left_s -= cost.chunk_s(num_past, num_more)
     return chunks

@@ -133,7 +133,7 @@ class Roster:
             What must be copied, in this order, before the step's pass.
         """
         if self._budget is not None:
-            while len(self._running) > 1 and self._num_held_tokens() > self._budget:
+            while self._num_held_tokens() > self._budget:
                 self._preempt(self._running[-1])
         copies = self._start_waiting(now_s)
         if self._budget is not None:
