@@ -106,8 +106,8 @@ def make_language_model(
 ) -> Path:
     """Write a complete model and return its version folder.
 
-    Greedy texts differ with the prompt and are mostly printable ASCII with now and then a stray byte. About one token in
-    fifty ends the text: a test that counts tokens asks for `ignore_eos`.
+    Greedy texts differ with the prompt and are mostly printable ASCII with now and then a stray byte. About one token
+    in fifty ends the text: a test that counts tokens asks for `ignore_eos`.
 
     Args:
         sizes: of the graph; its `vocab_size` is replaced by the tokenizer's.

@@ -305,6 +305,7 @@ def test_closed_runner_runs_nothing(path):
     runner = open_runner(path)
     generate(runner, [1, 2], 2)
     runner.close()
+    runner.close()
     with pytest.raises(EngineError):
         runner.forward([ForwardRow(0, [1], 0)], [0])
 

@@ -99,6 +99,24 @@ def test_closed_session_runs_nothing(double):
         binding.run()
 
 
+def test_closed_session_gives_its_memory_back(tmp_path):
+    # Many small weights: the C library keeps those in its heap, where large ones go back by themselves.
+    weights = [onnx.numpy_helper.from_array(np.full((100, 100), i, np.float32), f"w{i}") for i in range(500)]
+    nodes = [helper.make_node("MatMul", [f"y{i}", f"w{i}"], [f"y{i + 1}"]) for i in range(500)]
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 100]) for name in ("y0", "y500")]
+    graph = helper.make_graph(nodes, "g", value[:1], value[1:], weights)
+    path = tmp_path / "model.onnx"
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    sizes = []
+    for _ in range(4):
+        session = open_session(path, model_name="many")
+        opened = psutil.Process().memory_info().rss
+        session.close()
+        sizes.append(psutil.Process().memory_info().rss)
+    assert sizes[-1] < opened - (10 << 20)
+    assert sizes[-1] < sizes[0] + (4 << 20)
+
+
 def test_file_that_is_no_graph_is_a_config_error_without_its_path(tmp_path, caplog):
     path = tmp_path / "model.onnx"
     path.write_bytes(helper.make_model(helper.make_graph([], "g", [], [])).SerializeToString()[:4])

@@ -5,6 +5,7 @@ arrays, our error tree and the standard logger: ONNX Runtime's own texts hold pa
 log ``sardonyx.onnxruntime`` and never into a message.
 """
 
+import ctypes
 import functools
 import logging
 from collections.abc import Mapping, Sequence
@@ -147,6 +148,7 @@ class Session:
     def close(self) -> None:
         """Free the session once its last binding is gone. It cannot run afterwards."""
         self._session = None
+        _return_freed_memory()
 
     def _open(self) -> ort.InferenceSession:
         if self._session is None:
@@ -212,6 +214,16 @@ def _session_options(provider: ExecutionProvider) -> ort.SessionOptions:
     if provider.name != "cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return options
+
+
+def _return_freed_memory() -> None:
+    """Give what the C heap holds free back to the system, where the C library can.
+
+    glibc keeps freed weights otherwise: 140 of the demo model's 240 MB stayed with the process after an unload.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _tensor_spec(argument: Any) -> TensorSpec:
