@@ -185,6 +185,28 @@ def test_session_is_refused_before_onnx_runtime_sees_the_file(tmp_path):
         open_session(write_model(tmp_path / "model", "../secret"), model_name="crafted")
 
 
+def test_graphs_nested_deeper_than_protobuf_allows_are_refused():
+    def field(number, payload):
+        return bytes([number << 3 | 2, len(payload) & 0x7F | 0x80, len(payload) >> 7]) + payload
+
+    def model(num_levels):
+        graph = b""
+        for _ in range(num_levels):
+            graph = field(1, field(5, field(6, graph)))
+        return field(7, graph)
+
+    assert list(external_data(model(33))) == []
+    with pytest.raises(ConfigError, match="more than 100 messages deep"):
+        list(external_data(model(34)))
+
+
+def test_file_of_countless_fields_is_refused(monkeypatch):
+    monkeypatch.setattr("sardonyx.runtime.external_data._MAX_FIELDS", 1000)
+    assert list(external_data(b"\x08\x01" * 1000)) == []
+    with pytest.raises(ConfigError, match="more than 1,000 fields"):
+        list(external_data(b"\x08\x01" * 1001))
+
+
 def test_empty_missing_and_foreign_files_are_config_errors(tmp_path):
     path = tmp_path / "model.onnx"
     with pytest.raises(ConfigError, match=r"model\.onnx: cannot be read: No such file"):

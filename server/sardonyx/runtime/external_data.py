@@ -36,6 +36,7 @@ _EXTERNAL_DATA_FIELD = 13
 # A graph of 100,000 nodes has about 3 million fields. The bound keeps a file made of nothing but tiny fields from
 # holding a loader thread for an hour; the reader does about two million a second.
 _MAX_FIELDS = 20_000_000
+_MAX_DEPTH = 100  # protobuf's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,28 +90,84 @@ def external_data(model: bytes | mmap.mmap) -> Iterator[ExternalData]:
     Raises:
         ConfigError: not in the protobuf wire format, or an entry without sense.
     """
-    budget = _MAX_FIELDS
-    pending = [("model", 0, len(model))]
-    while pending:
-        kind, position, end = pending.pop()
+    return _Reader(model).message("model", 0, len(model), depth=0)
+
+
+class _Reader:
+    """Walks a message tree, counting fields."""
+
+    def __init__(self, data: bytes | mmap.mmap) -> None:
+        self._data = data
+        self._num_left = _MAX_FIELDS
+
+    def message(self, kind: str, position: int, end: int, depth: int) -> Iterator[ExternalData]:
+        if depth > _MAX_DEPTH:
+            raise ConfigError(f"has graphs more than {_MAX_DEPTH} messages deep")
         fields = _FIELDS.get(kind, {})
         entries: dict[str, str] = {}
         while position < end:
-            budget -= 1
-            if not budget:
-                raise ConfigError(f"has more than {_MAX_FIELDS:,} fields")
-            number, wire, start, position = _field(model, position, end)
+            number, wire, start, position = self._field(position, end)
             if wire != _BYTES:
                 continue
             if number in fields:
-                pending.append((fields[number], start, position))
+                yield from self.message(fields[number], start, position, depth + 1)
             elif kind == "tensor" and number == _EXTERNAL_DATA_FIELD:
-                key, value = _string_pair(model, start, position)
+                key, value = self._string_pair(start, position)
                 if key == "location" and entries.get(key, value) != value:
                     raise ConfigError("names two locations for one tensor")
                 entries[key] = value
         if entries:
             yield _external_data(entries)
+
+    def _string_pair(self, position: int, end: int) -> tuple[str, str]:
+        """A ``StringStringEntryProto``. As in protobuf, the last of a repeated field counts."""
+        texts = {1: b"", 2: b""}
+        while position < end:
+            number, wire, start, position = self._field(position, end)
+            if wire == _BYTES and number in texts:
+                texts[number] = bytes(self._data[start:position])
+        try:
+            return texts[1].decode(), texts[2].decode()
+        except UnicodeDecodeError:
+            raise ConfigError("names external data that is not UTF-8") from None
+
+    def _field(self, position: int, end: int) -> tuple[int, int, int, int]:
+        """Read one field's head at `position`.
+
+        Returns:
+            Field number, wire type, and where its payload starts and ends.
+        """
+        self._num_left -= 1
+        if self._num_left < 0:
+            raise ConfigError(f"has more than {_MAX_FIELDS:,} fields")
+        tag, position = self._varint(position, end)
+        number, wire = tag >> 3, tag & 7
+        start = position
+        if wire == _VARINT:
+            _, position = self._varint(position, end)
+        elif wire == _FIXED64:
+            position += 8
+        elif wire == _FIXED32:
+            position += 4
+        elif wire == _BYTES:
+            length, start = self._varint(position, end)
+            position = start + length
+        else:  # groups, which onnx.proto does not use
+            raise ConfigError("is not an ONNX model")
+        if position > end or not number:
+            raise ConfigError("is not an ONNX model, or it is cut off")
+        return number, wire, start, position
+
+    def _varint(self, position: int, end: int) -> tuple[int, int]:
+        value = shift = 0
+        while position < end and shift < 70:
+            byte = self._data[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value, position
+            shift += 7
+        raise ConfigError("is not an ONNX model, or it is cut off")
 
 
 def _external_data(entries: dict[str, str]) -> ExternalData:
@@ -121,56 +178,6 @@ def _external_data(entries: dict[str, str]) -> ExternalData:
             raise ConfigError(f"{key} {text[:40]!r} of external data is not a whole number")
         numbers.append(int(text))
     return ExternalData(entries.get("location", ""), *numbers)
-
-
-def _field(data: bytes | mmap.mmap, position: int, end: int) -> tuple[int, int, int, int]:
-    """Read one field's head at `position`.
-
-    Returns:
-        Field number, wire type, and where its payload starts and ends.
-    """
-    tag, position = _varint(data, position, end)
-    number, wire = tag >> 3, tag & 7
-    start = position
-    if wire == _VARINT:
-        _, position = _varint(data, position, end)
-    elif wire == _FIXED64:
-        position += 8
-    elif wire == _FIXED32:
-        position += 4
-    elif wire == _BYTES:
-        length, start = _varint(data, position, end)
-        position = start + length
-    else:  # groups, which onnx.proto does not use
-        raise ConfigError("is not an ONNX model")
-    if position > end or not number:
-        raise ConfigError("is not an ONNX model, or it is cut off")
-    return number, wire, start, position
-
-
-def _varint(data: bytes | mmap.mmap, position: int, end: int) -> tuple[int, int]:
-    value = shift = 0
-    while position < end and shift < 70:
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-    raise ConfigError("is not an ONNX model, or it is cut off")
-
-
-def _string_pair(data: bytes | mmap.mmap, position: int, end: int) -> tuple[str, str]:
-    """A ``StringStringEntryProto``. As in protobuf, the last of a repeated field counts."""
-    texts = {1: b"", 2: b""}
-    while position < end:
-        number, wire, start, position = _field(data, position, end)
-        if wire == _BYTES and number in texts:
-            texts[number] = bytes(data[start:position])
-    try:
-        return texts[1].decode(), texts[2].decode()
-    except UnicodeDecodeError:
-        raise ConfigError("names external data that is not UTF-8") from None
 
 
 def _regular_file_size(folder: Path, location: str) -> int:
