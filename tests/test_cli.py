@@ -256,3 +256,11 @@ def test_deep_check_loads_what_a_plain_check_only_reads(tmp_path, capsys, name, 
     code, out, _ = run(["check", str(tmp_path), "--deep"], capsys)
     assert code == 1
     assert message in out.splitlines()[0]
+
+
+def test_flags_are_read_where_pydantic_is_loaded(tmp_path, capsys):
+    pytest.importorskip("pydantic")
+    (tmp_path / "s.toml").write_text("prot = 1")
+    assert run(["serve", "--config", "s.toml"], capsys)[2] == (
+        "sardonyx: s.toml: prot: is not a setting; did you mean port?\n"
+    )

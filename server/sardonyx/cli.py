@@ -128,9 +128,9 @@ def _serve_command() -> Any:
         /,
         *,
         config: Annotated[Path | None, Parameter(help=_CONFIG_HELP)] = None,
-        flags: Any = None,
+        flags: Any = flags_type(),  # noqa: B008  (frozen; where pydantic is loaded, cyclopts has it check the default)
     ) -> None:
-        settings = load_settings({"repository": repository, **(vars(flags) if flags else {})}, config=config)
+        settings = load_settings({"repository": repository, **vars(flags)}, config=config)
         with _needs("cpu"):
             from sardonyx.app import run
 

@@ -259,3 +259,9 @@ def read_or_refuse(data):
             assert isinstance(entry, ExternalData)
     except ConfigError:
         pass
+
+
+def test_tags_beyond_32_bits_are_refused():
+    # To protobuf this is field 7, the graph; read in full it is a field that nobody knows.
+    with pytest.raises(ConfigError):
+        list(external_data(b"\xba\x80\x80\x80\x10" + b"\x00"))

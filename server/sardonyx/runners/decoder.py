@@ -179,7 +179,10 @@ class DecoderRunner:
         logits = self._logits
         if num_logits >= len(logits):
             # Scoring prompts: every token's row, 50 MB for 256 of them. Kept only for the step.
-            logits = np.empty((num_logits + 1, self._limits.vocab_size), np.float32)
+            try:
+                logits = np.empty((num_logits + 1, self._limits.vocab_size), np.float32)
+            except MemoryError as error:
+                raise EngineError("there is no memory for this prompt's log-probabilities") from error
         first_logits = [0] * len(rows)
         end = 0
         for run in plan_runs(rows, self._limits.num_slots, self._max_padding):
@@ -292,8 +295,8 @@ def _forward_row(row: BatchRow) -> ForwardRow:
 def _num_prompt_positions(row: BatchRow) -> int:
     """New tokens of the row that predict a prompt token whose log-probability is wanted: the first so many."""
     sequence = row.sequence
-    if sequence.request.num_prompt_logprobs is None:
-        return 0
+    if sequence.request.num_prompt_logprobs is None or sequence.num_completion_tokens:
+        return 0  # with completion tokens, this is a recomputation after a preemption: the prompt was scored before
     return max(0, min(row.num_new_tokens, sequence.num_prompt_tokens - 1 - sequence.num_computed_tokens))
 
 

@@ -88,7 +88,7 @@ class Sampler:
         changed = self._row
         np.copyto(changed, row)
         if params.repetition_penalty != 1.0:
-            ids = np.unique(np.array(sequence.token_ids))
+            ids = np.array(sequence.token_ids)  # some more than once, which assigns the same value again
             values = changed[ids]
             penalty = np.float32(params.repetition_penalty)
             changed[ids] = np.where(values > 0, values / penalty, values * penalty)

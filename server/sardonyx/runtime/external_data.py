@@ -154,7 +154,8 @@ class _Reader:
             position = start + length
         else:  # groups, which onnx.proto does not use
             raise ConfigError("is not an ONNX model")
-        if position > end or not number:
+        # protobuf reads a tag as 32 bits: a longer one could be another field to it than to us.
+        if position > end or not number or tag >> 32:
             raise ConfigError("is not an ONNX model, or it is cut off")
         return number, wire, start, position
 

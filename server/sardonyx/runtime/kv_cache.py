@@ -3,6 +3,7 @@
 Floor 2. Knows layouts and bytes; which sequence holds a slot is the engine's affair.
 """
 
+import contextlib
 import mmap
 from typing import Any
 
@@ -45,7 +46,8 @@ class KvCache:
                 f"{num_slots} slots of {capacity:,} positions need {self.nbytes:,} bytes, more than this machine has",
                 field="kv_cache_bytes",
             ) from error
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        with contextlib.suppress(AttributeError, OSError):  # a hint: some kernels and systems do not know it
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
         flat: npt.NDArray[Any] = np.frombuffer(memory, DATATYPES[layout.datatype].array)
         self._slots = flat.reshape(2 * layout.num_layers, num_slots, layout.num_kv_heads, capacity, layout.head_size)
 
