@@ -101,7 +101,7 @@ def _build_and_verify(
     reference = reference_logits(checkpoint, spec, prompts, lambda done, total: progress("verify", done, total))
     configure_threads(os.cpu_count() or 1, allow_spinning=False)
     measured = run_graph(report.files[0], plan.name, llm, prompts)
-    return report, llm, compare(reference, measured, plan.precision)
+    return report, llm, compare(reference, measured, plan.precision, report.activations)
 
 
 def _check_target(repository: Repository, plan: Plan, *, adds_version: bool) -> None:

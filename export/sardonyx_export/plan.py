@@ -11,7 +11,7 @@ from sardonyx_export.errors import ExportError
 
 Precision = Literal["fp32", "int8", "int4"]
 Target = Literal["cpu"]
-Activations = Literal["fp32", "int8"]
+Activations = Literal["fp32", "int8", "int8_rows"]
 
 _BYTES_PER_WEIGHT = {"fp32": 4.0, "int8": 1.125, "int4": 0.625}
 """With a float32 scale for every 32 weights."""
@@ -52,7 +52,7 @@ def make_plan(
 
     Precision ``auto``, on CPU, is int4 where the source's own matrices have about 4 bits already, since more bits
     would cost speed and bring nothing back; else int8. Rounding full weights to int4 visibly hurts small models, and
-    fp32 is twice as slow at one sequence as int8.
+    fp32 is twice as slow at one sequence as int8. Activations ``int8_rows`` leave int8 only.
 
     Raises:
         ExportError: more positions than the model was made for, or a configuration without its basic fields.
@@ -71,7 +71,8 @@ def make_plan(
         if len(tensor.shape) > 1 and tensor_name not in _ENDS:
             num_weights += size
             num_coarse += size if tensor.storage.startswith(_COARSE_STORAGE_PREFIXES) else 0
-    chosen: Precision = precision if precision != "auto" else "int4" if num_coarse > num_weights / 2 else "int8"
+    is_coarse = num_coarse > num_weights / 2 and activations != "int8_rows"
+    chosen: Precision = precision if precision != "auto" else "int4" if is_coarse else "int8"
     num_parameters = storage.total()
     estimate = num_weights * _BYTES_PER_WEIGHT[chosen]
     estimate += (num_parameters - num_weights) * _BYTES_PER_WEIGHT["fp32" if chosen == "fp32" else "int8"]

@@ -41,6 +41,11 @@ def test_auto_takes_int8_for_full_weights_and_an_asked_for_precision_wins(tmp_pa
     assert make_plan(checkpoint, name="tiny", precision="fp32").precision == "fp32"
 
 
+def test_auto_takes_int8_where_activations_are_rounded_by_row(tmp_path: Path) -> None:
+    checkpoint = _gguf(tmp_path / "a.gguf", gguf.GGMLQuantizationType.Q4_0)
+    assert make_plan(checkpoint, name="tiny", activations="int8_rows").precision == "int8"
+
+
 def test_a_plan_says_what_will_be_built(tmp_path: Path) -> None:
     checkpoint = SafetensorsFolder(write_llama_folder(tmp_path / "tiny"), uri="tiny")
     plan = make_plan(checkpoint, name="tiny", precision="fp32")

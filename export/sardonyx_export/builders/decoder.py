@@ -10,11 +10,13 @@ from sardonyx_export.builders import gguf_blocks
 from sardonyx_export.builders.decoder_graph import DecoderGraph
 from sardonyx_export.builders.graph import GraphWriter
 from sardonyx_export.builders.linear import Linears
-from sardonyx_export.builders.weights import Precision, Progress, WeightWriter
+from sardonyx_export.builders.weights import MatrixKind, Precision, Progress, WeightWriter
 from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.errors import ExportError
 from sardonyx_export.families.llm import read_spec
 from sardonyx_export.spec import DecoderSpec
+
+Activations = Literal["fp32", "int8", "int8_rows"]
 
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 
@@ -28,8 +30,9 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Of head and embedding. ``None``: fp32 in an fp32 graph, else int8."""
     block_size: int = 32
     """Weights that share a scale."""
-    activations: Literal["fp32", "int8"] | None = None
-    """What quantised matrix products make of their other operand: keep it, or round it in blocks inside the kernel.
+    activations: Activations | None = None
+    """What quantised matrix products make of their other operand: keep it, round it in blocks inside the kernel, or
+    round each row as a whole before it (``int8_rows``; precision int8 only, see `builders.linear`).
 
     ``None``: fp32 for int4 where the source's own 4-bit blocks are kept, since rounding activations would then be the
     only error (of the demo model's greedy texts, it changes every second one within 32 tokens); int8 elsewhere, where
@@ -48,7 +51,7 @@ class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
     kv: KvLayout
     vocab_size: int
     max_model_len: int
-    activations: Literal["fp32", "int8"]
+    activations: Activations
     """As in `BuildOptions`; fp32 in an fp32 graph."""
     weights: str
     """What became of each stored format, for the manifest."""
@@ -59,7 +62,8 @@ def build_decoder(
 ) -> BuildReport:
     """Write ``model.onnx`` and ``model.onnx.data``, the packed-step graph of a decoder language model.
 
-    Memory: one tensor in float32 and some copies of a part of it, never the model.
+    Memory: one tensor in float32 and some copies of a part of it, with int8_rows also one matrix's codes; never the
+    model.
 
     Args:
         checkpoint: configuration and weights.
@@ -72,9 +76,14 @@ def build_decoder(
     """
     if options.block_size not in _BLOCK_SIZES:
         raise ExportError(f"is {options.block_size}; possible: {', '.join(map(str, _BLOCK_SIZES))}", field="block_size")
+    if options.activations == "int8_rows" and options.precision != "int8":
+        raise ExportError(
+            f"is int8_rows, which needs precision int8; the precision is {options.precision}", field="activations"
+        )
     spec = read_spec(checkpoint.config, options.max_model_len)
     activations = options.activations or _default_activations(checkpoint, options)
     head_precision: Precision = options.head_precision or ("fp32" if options.precision == "fp32" else "int8")
+    layer_kind: MatrixKind = "int7_channels" if activations == "int8_rows" else options.precision
     with GraphWriter(target_dir) as graph:
         weights = WeightWriter(graph, checkpoint, options.block_size, progress)
         linears = Linears(graph, options.block_size, has_exact_activations=activations == "fp32")
@@ -83,7 +92,7 @@ def build_decoder(
             weights,
             linears,
             spec,
-            precision=options.precision,
+            layer_kind=layer_kind,
             head_precision=head_precision,
             block_size=options.block_size,
         ).write()
@@ -100,7 +109,7 @@ def build_decoder(
     )
 
 
-def _default_activations(checkpoint: Checkpoint, options: BuildOptions) -> Literal["fp32", "int8"]:
+def _default_activations(checkpoint: Checkpoint, options: BuildOptions) -> Activations:
     if options.precision == "fp32":
         return "fp32"
     if options.precision == "int8" or options.block_size != gguf_blocks.BLOCK_SIZE:

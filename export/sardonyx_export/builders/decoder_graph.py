@@ -18,7 +18,7 @@ import numpy as np
 
 from sardonyx_export.builders.graph import MICROSOFT, GraphWriter
 from sardonyx_export.builders.linear import Linears
-from sardonyx_export.builders.weights import Matrix, Precision, WeightWriter
+from sardonyx_export.builders.weights import Matrix, MatrixKind, Precision, WeightWriter
 from sardonyx_export.spec import DecoderSpec, Layer, Rope
 
 _ROPE_CHUNK_ROWS = 1 << 14
@@ -32,7 +32,7 @@ class DecoderGraph:
         weights: of the checkpoint.
         linears: adds its linear layers.
         spec: what the model is.
-        precision: of the layers' matrices.
+        layer_kind: of the layers' matrices.
         head_precision: of head and embedding; fp32 or int8.
         block_size: of quantised matrices.
     """
@@ -44,7 +44,7 @@ class DecoderGraph:
         linears: Linears,
         spec: DecoderSpec,
         *,
-        precision: Precision,
+        layer_kind: MatrixKind,
         head_precision: Precision,
         block_size: int,
     ) -> None:
@@ -52,7 +52,7 @@ class DecoderGraph:
         self._weights = weights
         self._linears = linears
         self._spec = spec
-        self._precision = precision
+        self._layer_kind = layer_kind
         self._head_precision = head_precision
         self._block_size = block_size
 
@@ -248,7 +248,7 @@ class DecoderGraph:
     def _stack(self, name: str, tensors: list[str], num_rows: int, x: str, *, has_bias: bool) -> str:
         """Several tensors as one layer, from the residual stream's width."""
         weights = [f"{tensor}.weight" for tensor in tensors]
-        bits = self._weights.bits(weights, self._precision)
+        bits = self._weights.bits(weights, self._layer_kind)
         matrix = self._weights.matrix(name, weights, num_rows, self._spec.hidden_size, bits)
         bias = self._weights.vector([f"{tensor}.bias" for tensor in tensors], num_rows) if has_bias else ""
         return self._linears.apply(x, matrix, bias=bias)
@@ -256,7 +256,7 @@ class DecoderGraph:
     def _project(self, tensor: str, num_columns: int, x: str, *, has_bias: bool) -> str:
         """Back to the residual stream's width, times what the model scales that by."""
         scale, width = self._spec.residual_scale, self._spec.hidden_size
-        bits = self._weights.bits([f"{tensor}.weight"], self._precision)
+        bits = self._weights.bits([f"{tensor}.weight"], self._layer_kind)
         matrix = self._weights.matrix(tensor, [f"{tensor}.weight"], width, num_columns, bits, scale)
         bias = self._weights.vector([f"{tensor}.bias"], width, scale=scale) if has_bias else ""
         return self._linears.apply(x, matrix, bias=bias)

@@ -1,7 +1,8 @@
 """The nodes of linear layers, by how their matrix is stored.
 
-fp32 matrices go through Gemm, which takes them as they lie in a checkpoint, (out, in). Others go through MatMulNBits,
-whose CPU kernels compute in two ways (ONNX Runtime 1.32, ``matmul_nbits.cc``):
+fp32 matrices go through Gemm, which takes them as they lie in a checkpoint, (out, in). Those of 7 bits go through
+MatMulIntegerToFloat, see `Linears._multiply_rows`. Others go through MatMulNBits, whose CPU kernels compute in two ways
+(ONNX Runtime 1.32, ``matmul_nbits.cc``):
 
 - rounding activations to int8 in blocks (accuracy level 4): the only one for 8-bit weights;
 - keeping them in fp32 (accuracy level 1): 4-bit weights only.
@@ -44,6 +45,8 @@ class Linears:
         output = output or matrix.name
         if matrix.bits == 32:
             return self._graph.node("Gemm", [x, matrix.codes, bias], output, transB=1)
+        if matrix.bits == 7:
+            return self._multiply_rows(x, matrix, bias, output)
         if self._is_exact and matrix.bits == 8 and matrix.num_columns % self._block_size == 0:
             return self._in_two_passes(x, matrix, bias, output)
         if not matrix.offsets:
@@ -66,6 +69,44 @@ class Linears:
             block_size=self._block_size,
             accuracy_level=level,
         )
+
+    def _multiply_rows(self, x: str, matrix: Matrix, bias: str, output: str) -> str:
+        """An integer product: uint8 rows, each as a share of its own maximum, by int8 weights.
+
+        The kernel knows one scale for all rows, so each row's maximum is multiplied in behind it. What a row becomes
+        depends on no other row.
+        """
+        graph = self._graph
+        rows, maxima, step, middle = self._rounded_rows(x)
+        shares = graph.node(
+            "MatMulIntegerToFloat",
+            [rows, matrix.codes, step, matrix.scales, middle],
+            output + ".shares",
+            domain=MICROSOFT,
+        )
+        if not bias:
+            return graph.node("Mul", [shares, maxima], output)
+        return graph.node("Add", [graph.node("Mul", [shares, maxima], output + ".unbiased"), bias], output)
+
+    def _rounded_rows(self, x: str) -> tuple[str, str, str, str]:
+        """(T, in) float32 → (T, in) uint8 and the rows' largest magnitudes (T, 1), for all matrices that read x.
+
+        A row of zeros divides 0 by 0. No node guards against that: whatever bytes come of it, their product is finite
+        and then multiplied by the row's maximum, 0.
+
+        Returns:
+            Names of rows, maxima, scale and zero point.
+        """
+        graph = self._graph
+        step = graph.constant("rows.step", np.array(1 / 127, np.float32))
+        middle = graph.constant("rows.middle", np.array(128, np.uint8))
+        rows, maxima = x + ".rounded_rows", x + ".row_maxima"
+        if rows not in self._derived:
+            self._derived.add(rows)
+            axis = graph.constant("axis.in_row", np.array([-1], np.int64))
+            graph.node("ReduceMax", [graph.node("Abs", [x], x + ".magnitudes"), axis], maxima, keepdims=1)
+            graph.node("QuantizeLinear", [graph.node("Div", [x, maxima], x + ".row_shares"), step, middle], rows)
+        return rows, maxima, step, middle
 
     def _block_sums(self, x: str, num_columns: int) -> str:
         """(T, in) → (T, in / block_size): the sum of each block. One for all matrices that read x."""

@@ -15,15 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from sardonyx_export.builders import gguf_blocks
-from sardonyx_export.builders.blocks import Blocks, default_zero_point, fit, pack, widen
+from sardonyx_export.builders.blocks import Blocks, default_zero_point, fit, fit_channels, pack, widen
 from sardonyx_export.builders.graph import GraphWriter
 from sardonyx_export.checkpoint import Checkpoint, StoredTensor
 from sardonyx_export.errors import ExportError
 
 Precision = Literal["fp32", "int8", "int4"]
+MatrixKind = Precision | Literal["int7_channels"]
+"""``int7_channels``: 7 bits and one scale for a row of the matrix, an output channel."""
 Progress = Callable[[int, int], None]
 
-_BITS: dict[Precision, int] = {"fp32": 32, "int8": 8, "int4": 4}
+_BITS: dict[MatrixKind, int] = {"fp32": 32, "int8": 8, "int4": 4, "int7_channels": 7}
 # Block formats whose writer spent more than 4 bits on a tensor, because it is worth them: int4 keeps it at 8.
 _FINE_FORMATS = ("Q5_", "Q6_", "Q8_")
 # Weights converted at once: numpy's passes over them stay in the processor's cache (a quarter faster than 1 << 22).
@@ -37,7 +39,7 @@ class Matrix(msgspec.Struct, frozen=True, kw_only=True):
     num_rows: int
     num_columns: int
     bits: int
-    """32: `codes` are the weights themselves."""
+    """32: `codes` are the weights themselves. 7: `codes` are int8 as (in, out), `scales` are (out)."""
     codes: str
     scales: str = ""
     zero_points: str = ""
@@ -82,9 +84,9 @@ class WeightWriter:
             raise ExportError(f"has {num_values} values; the configuration asks for {size}", field=names[0])
         return self._graph.weight(names[0], np.float32, (size,), pieces)
 
-    def bits(self, names: Sequence[str], precision: Precision) -> int:
-        """Bits that a stack of tensors gets: those of `precision`, but 8 instead of 4 where its source has more."""
-        bits = _BITS[precision]
+    def bits(self, names: Sequence[str], kind: MatrixKind) -> int:
+        """Bits that a stack of tensors gets: those of `kind`, but 8 instead of 4 where its source has more."""
+        bits = _BITS[kind]
         is_fine = any(self._checkpoint.tensor(name).storage.startswith(_FINE_FORMATS) for name in names)
         return 8 if bits == 4 and is_fine else bits
 
@@ -98,7 +100,7 @@ class WeightWriter:
             tensor_names: in the order of their rows.
             num_rows: of the stack.
             num_columns: of each.
-            bits: 4, 8 or 32.
+            bits: 4, 7, 8 or 32, see `Matrix`.
             scale: multiplies all weights.
 
         Raises:
@@ -108,7 +110,8 @@ class WeightWriter:
         if sum(tensor.shape[0] for tensor in tensors) != num_rows:
             shapes = ", ".join(str(tensor.shape) for tensor in tensors)
             raise ExportError(f"is {shapes}; the configuration asks for {num_rows} rows", field=tensor_names[0])
-        write = self._write_floats if bits == 32 else self._write_blocks
+        writers = {32: self._write_floats, 7: self._write_channels}
+        write = writers.get(bits, self._write_blocks)
         return write(name, tensors, num_rows, num_columns, bits, np.float32(scale))
 
     def summary(self) -> str:
@@ -203,6 +206,31 @@ class WeightWriter:
             scales=self._graph.weight(name + ".scales", np.float32, shape, scales),
             zero_points=packed_zero_points,
             offsets=self._graph.weight(name + ".offsets", np.float32, shape, offsets) if has_offsets else "",
+        )
+
+    def _write_channels(
+        self, name: str, tensors: Sequence[StoredTensor], num_rows: int, num_columns: int, bits: int, scale: np.float32
+    ) -> Matrix:
+        """Rows become columns, as the kernel takes them, so a stack's codes are held whole: a byte for each weight."""
+        codes = np.empty((num_columns, num_rows), np.int8)
+        scales = np.empty(num_rows, np.float32)
+        step = max(1, _CHUNK_WEIGHTS // num_columns)
+        start = 0
+        for tensor in tensors:
+            self._account(tensor.storage, f"int8 per channel ({bits} bits), re-quantised")
+            weights = self._read(tensor)
+            for first in range(0, len(weights), step):
+                part, part_scales = fit_channels(weights[first : first + step])
+                codes[:, start : start + len(part)] = part.T
+                scales[start : start + len(part)] = part_scales * scale
+                start += len(part)
+        return Matrix(
+            name=name,
+            num_rows=num_rows,
+            num_columns=num_columns,
+            bits=bits,
+            codes=self._graph.weight(name + ".codes", np.int8, codes.shape, [codes]),
+            scales=self._graph.weight(name + ".scales", np.float32, scales.shape, [scales]),
         )
 
     def _is_kept(self, tensor: StoredTensor, bits: int) -> bool:

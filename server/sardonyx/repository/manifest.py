@@ -104,8 +104,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     family: Literal["llm", "embeddings", "whisper", "diffusion"]
     precision: str
     """``fp32``, ``int8`` or ``int4``; what `Source.weights` says in detail."""
-    activations: Literal["fp32", "int8"] = "fp32"
-    """What quantised matrix products make of their other operand: keep it, or round it in blocks."""
+    activations: Literal["fp32", "int8", "int8_rows"] = "fp32"
+    """What quantised matrix products make of their other operand: keep it, round it in blocks, or by row."""
     target: Literal["cpu", "cuda"] = "cpu"
     graphs: dict[str, Graph]
     """By role: ``decoder``."""

@@ -134,6 +134,28 @@ def test_activations_are_rounded_when_that_is_asked_for(tmp_path: Path) -> None:
     assert operators(exact).count("MatMulNBits") == 4 * 2 + 2  # the head splits its input
 
 
+def test_activations_are_rounded_by_row_when_that_is_asked_for(tmp_path: Path) -> None:
+    checkpoint = ArrayCheckpoint(CONFIG, as_gguf(arrays(), "Q4_0", "Q8_0"))
+    rows = build(tmp_path / "rows", checkpoint, precision="int8", activations="int8_rows")
+    assert rows.activations == "int8_rows"
+    assert rows.weights == (
+        "Q4_0 -> int8 per channel (7 bits), re-quantised; Q8_0 -> int8 in blocks of 32, lossless; activations int8_rows"
+    )
+    assert operators(rows).count("MatMulIntegerToFloat") == 4 * 2
+    assert operators(rows).count("MatMulNBits") == 1
+    ids = list(range(20))
+    expected = logits(build(tmp_path / "fp32", checkpoint, precision="fp32"), ids)
+    error = np.sqrt(((logits(rows, ids) - expected) ** 2).mean()) / expected.std()
+    assert 1e-4 < error < 0.05
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_rows_are_rounded_in_an_int8_graph_only(tmp_path: Path, precision: str) -> None:
+    with pytest.raises(ExportError, match=rf"activations: is int8_rows.*{precision}"):
+        build(tmp_path, ArrayCheckpoint(CONFIG, arrays()), precision=precision, activations="int8_rows")
+    assert not list(tmp_path.iterdir())
+
+
 def test_blocks_of_more_than_four_bits_stay_at_eight_in_an_int4_graph(tmp_path: Path) -> None:
     tensors = as_gguf(arrays(), "Q4_0", "Q8_0")
     for name, values in arrays().items():

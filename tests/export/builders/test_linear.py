@@ -49,7 +49,7 @@ def normal(seed: int, *shape: int) -> Array:
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
     ("bits", "is_exact", "tolerance"),
-    [(32, True, 1e-5), (4, True, 1e-4), (8, True, 5e-3), (4, False, 0.3), (8, False, 0.3)],
+    [(32, True, 1e-5), (4, True, 1e-4), (8, True, 5e-3), (4, False, 0.3), (8, False, 0.3), (7, False, 0.6)],
 )
 def test_a_layer_multiplies_and_adds_its_bias(
     tmp_path: Path, bits: int, is_exact: bool, tolerance: float, has_bias: bool
@@ -94,3 +94,55 @@ def test_offsets_and_plain_blocks_share_a_matrix(tmp_path: Path) -> None:
     np.testing.assert_allclose(actual[:, :16], x @ kept.T * 0.5, rtol=0, atol=1e-4)
     relative = np.abs(actual[:, 16:] - x @ plain.T * 0.5).max() / np.abs(x @ plain.T).max()
     assert 0 < relative < 0.1  # re-quantised, and not shifted by the others' offsets
+
+
+def row_session(folder: Path, tensors: dict[str, Array]) -> ort.InferenceSession:
+    """A layer of 7 bits over the stacked tensors."""
+    num_rows, num_columns = sum(map(len, tensors.values())), next(iter(tensors.values())).shape[1]
+    with GraphWriter(folder) as graph:
+        graph.input("x", np.float32, ["T", num_columns])
+        graph.output("y", np.float32, ["T", num_rows])
+        writer = WeightWriter(graph, ArrayCheckpoint({}, dict(tensors)), 32)
+        matrix = writer.matrix("w", list(tensors), num_rows, num_columns, 7, scale=0.5)
+        Linears(graph, 32, has_exact_activations=False).apply("x", matrix, output="y")
+        model, _ = graph.save("linear")
+    return ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+
+
+def test_rows_are_rounded_by_a_scale_of_their_own(tmp_path: Path) -> None:
+    tensors = {"a": normal(0, 40, 576), "b": normal(1, 24, 576) * 100}
+    x = normal(2, 9, 576) * np.logspace(-20, 10, 9, dtype=np.float32)[:, None]
+    (actual,) = row_session(tmp_path, tensors).run(None, {"x": x})
+    expected = x @ np.concatenate(list(tensors.values())).T * 0.5
+    for part in (slice(0, 40), slice(40, 64)):
+        error = np.linalg.norm(actual[:, part] - expected[:, part], axis=1)
+        assert (error < 0.03 * np.linalg.norm(expected[:, part], axis=1)).all()
+
+
+def test_a_row_is_the_same_alone_and_in_a_batch(tmp_path: Path) -> None:
+    session = row_session(tmp_path, {"w": normal(0, 200, 576)})
+    x = normal(1, 130, 576) * np.logspace(-3, 3, 130, dtype=np.float32)[:, None]
+    (together,) = session.run(None, {"x": x})
+    for size in (1, 3, 8):
+        alone = [session.run(None, {"x": x[start : start + size]})[0] for start in range(0, len(x), size)]
+        np.testing.assert_array_equal(np.concatenate(alone), together)
+
+
+@pytest.mark.parametrize("num_columns", [75, 576])
+def test_rows_of_zeros_and_weights_of_zero_give_zeros(tmp_path: Path, num_columns: int) -> None:
+    session = row_session(tmp_path, {"w": normal(0, 20, num_columns), "none": np.zeros((2, num_columns), np.float32)})
+    x = normal(1, 5, num_columns)
+    x[[1, 4]] = 0
+    (actual,) = session.run(None, {"x": x})
+    assert not actual[[1, 4]].any()
+    assert not actual[:, 20:].any()
+    assert np.isfinite(actual).all()
+    assert actual[[0, 2, 3], :20].all()
+
+
+def test_extreme_operands_do_not_saturate(tmp_path: Path) -> None:
+    """8-bit weights would, in kernels that add products in 16 bits."""
+    (actual,) = row_session(tmp_path, {"w": np.ones((16, 64), np.float32)}).run(
+        None, {"x": np.ones((4, 64), np.float32)}
+    )
+    np.testing.assert_allclose(actual, 32, rtol=1e-6)

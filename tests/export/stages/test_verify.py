@@ -8,7 +8,7 @@ from tests.export.checkpoints import byte_level_vocabulary, write_llama_folder
 from sardonyx_export.errors import ExportError
 from sardonyx_export.sources.safetensors_folder import SafetensorsFolder
 from sardonyx_export.special_tokens import load_tokenizer
-from sardonyx_export.stages.verify import MAX_PROMPT_TOKENS, TOLERANCES, compare, make_prompts
+from sardonyx_export.stages.verify import INT8_ROWS_TOLERANCE, MAX_PROMPT_TOKENS, TOLERANCES, compare, make_prompts
 
 
 def _logits(num_rows: int = 40) -> npt.NDArray[np.float32]:
@@ -47,6 +47,16 @@ def test_what_is_farther_than_the_precision_allows_is_refused(precision: str, no
     else:
         with pytest.raises(ExportError, match="Nothing was published"):
             compare([_logits()], [actual], precision)  # type: ignore[arg-type] # parametrised
+
+
+def test_activations_rounded_by_row_have_a_tolerance_of_their_own() -> None:
+    actual = _logits() + np.random.default_rng(1).standard_normal((40, 50)).astype(np.float32) * np.float32(0.4)
+    with pytest.raises(ExportError, match="int8 has to keep"):
+        compare([_logits()], [actual], "int8", "int8")
+    parity = compare([_logits()], [actual], "int8", "int8_rows")
+    assert parity.tolerance == str(INT8_ROWS_TOLERANCE)
+    with pytest.raises(ExportError, match="int8_rows has to keep"):
+        compare([_logits()], [_logits()[::-1]], "int8", "int8_rows")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
