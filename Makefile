@@ -41,10 +41,10 @@ BENCH_REPOSITORY := .cache/benchmarks
 
 bench: $(VENV)/.serve $(VENV)/.bench ## our numbers beside llama.cpp's and OpenVINO's, in one run
 	$(BIN)/sardonyx export $(DEMO_SOURCE) --sha256 $(DEMO_SHA256) --name $(DEMO_MODEL) --repository $(BENCH_REPOSITORY) --if-missing
-	$(BIN)/sardonyx export $(DEMO_SOURCE) --sha256 $(DEMO_SHA256) --name $(DEMO_MODEL)-rounded --activations int8 \
+	$(BIN)/sardonyx export $(DEMO_SOURCE) --sha256 $(DEMO_SHA256) --name $(DEMO_MODEL)-rows --precision int8 --activations int8_rows \
 		--repository $(BENCH_REPOSITORY) --if-missing
 	$(BIN)/python benchmarks/engine.py --repository $(BENCH_REPOSITORY) --rival-python $(BIN)/python \
-		--engines sardonyx=$(DEMO_MODEL),sardonyx-rounded=$(DEMO_MODEL)-rounded,llama_cpp,openvino
+		--engines sardonyx=$(DEMO_MODEL),sardonyx-rows=$(DEMO_MODEL)-rows,llama_cpp,openvino
 	$(BIN)/python benchmarks/serve.py --repository $(BENCH_REPOSITORY) --model $(DEMO_MODEL)
 
 clean:

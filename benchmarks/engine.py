@@ -104,7 +104,7 @@ def main() -> None:
             )
             speeds = [f"{r['clients']}: {r['output_tokens_per_s']:.0f}" for r in raw[name][-1][1:]]
             sys.stderr.write(f"round {repeat + 1} {name}: {', '.join(speeds)} tokens/s\n")
-    report(raw, special, arguments)
+        report(raw, special, arguments)  # after each round: a run that is cut short keeps the rounds it finished
 
 
 def report(

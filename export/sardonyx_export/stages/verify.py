@@ -65,7 +65,7 @@ blocks 3e-8 nats. Random weights, whose distributions are flat: int8 0.0004 nats
 graph that is wrong somewhere is a nat or more away."""
 
 
-INT8_ROWS_TOLERANCE = Tolerance(mean_kl=0.15, top1_agreement=0.8)
+INT8_ROWS_TOLERANCE = Tolerance(mean_kl=0.15, top1_agreement=0.7)
 """For activations ``int8_rows``, whatever the precision says: 7-bit weights and one scale for a whole row. Measured on
 SmolLM2-135M (Q4_1): 0.08 nats and 81 %, of them 0.02 nats by the weights."""
 
