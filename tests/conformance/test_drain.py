@@ -91,7 +91,8 @@ def test_the_command_that_is_logged_works(repository, tmp_path):
 def test_the_log_holds_no_prompt_and_no_answer(repository, tmp_path):
     with serve(repository, tmp_path / "log", "--log-level", "debug", "--log-json") as server:
         canary = "canary-7c1e"
-        answer = server.request("POST", "/v1/completions", {"prompt": canary, "max_tokens": 8, "user": canary})[1]
+        body = {"prompt": canary, "max_tokens": 8, "ignore_eos": True, "user": canary}
+        answer = server.request("POST", "/v1/completions", body)[1]
         server.request("POST", "/v1/completions", {"prompt": canary, "temperature": "hot"})
         server.request("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": canary}], "n": 0})
         assert canary not in server.request("GET", "/metrics")[1]
