@@ -25,7 +25,6 @@ class OpenVino:
     def add(self, request: int, prompt: list[int], max_tokens: int) -> None:
         config = genai.GenerationConfig()
         config.max_new_tokens = max_tokens
-        config.min_new_tokens = max_tokens
         config.ignore_eos = True
         config.do_sample = False
         self._made[request] = []
