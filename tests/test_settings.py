@@ -113,7 +113,8 @@ def test_size_is_the_number_times_its_unit(number, unit):
 
 
 def test_relative_paths_in_a_file_start_at_the_file(tmp_path):
-    file = write_toml(tmp_path / "s.toml", 'repository = "models"')
+    file = write_toml(tmp_path / "s.toml", 'repository = "models"\nmore_repositories = ["a", "/b"]')
+    assert load_settings(config=file, environ={}).more_repositories == (tmp_path / "a", Path("/b"))
     assert load_settings(config=file, environ={}).repository == tmp_path / "models"
     assert load_settings({"repository": "models"}, config=file, environ={}).repository == Path("models")
 

@@ -54,6 +54,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     repository: Path = Path("model_repository")
     """Folder of the model repository. Also the argument of `sardonyx serve`."""
+    more_repositories: tuple[Path, ...] = ()
+    """Further repositories whose models are served as well. A name that is in two of them is served from neither."""
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback needs API keys or `allow_unauthenticated`."""
     port: Port = 8000
@@ -71,12 +73,55 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call the API from a browser (`https://app.example`, or `*`). None: no CORS headers."""
 
+    id: str = "sardonyx"
+    """Name of the server in KServe-v2's metadata. Triton's is `triton`, and some client programs insist on it."""
+    allow_grpc: bool = True
+    """Also answer KServe-v2 over gRPC."""
+    grpc_port: Port = 8001
+    """TCP port of gRPC, on the same host; 0 takes a free one and logs it."""
+    grpc_max_message_bytes: Annotated[int, Meta(ge=1024, le=(1 << 31) - 1)] = (1 << 31) - 1
+    """Bytes of a gRPC message, each way."""
+    grpc_certificate: Path | None = None
+    """PEM file with the certificate chain of the gRPC port; unset: no TLS."""
+    grpc_private_key: Path | None = None
+    """PEM file with the key of `grpc_certificate`."""
+    grpc_client_certificates: Path | None = None
+    """PEM file with the authorities whose client certificates the gRPC port demands; unset: it demands none."""
+    metrics_port: Port = 0
+    """A port of its own for `/metrics` (Triton has 8002), beside the main one; 0: none."""
+
     default_model: str | None = None
     """Model for requests that name none. Unset: the first by name that is ready."""
     aliases: dict[str, str] = {}
     """Other names for models: `gpt-3.5-turbo=smollm2-135m-instruct,...`, or a TOML table."""
-    allow_model_control: bool = False
-    """Let callers load and unload models."""
+    model_control_mode: Literal["none", "poll", "explicit"] = "none"
+    """`none`: load every model at the start. `poll`: and follow changes. `explicit`: callers load and unload."""
+    load_model: tuple[str, ...] = ()
+    """Models to load at the start in `explicit` mode; `*` alone: all of them."""
+    repository_poll_s: Seconds = 15.0
+    """How often `poll` mode looks at the repositories."""
+    model_load_thread_count: Annotated[int, Meta(ge=1, le=64)] = 4
+    """Models that are loaded at once."""
+    strict_readiness: bool = True
+    """Ready means that every model of the start is. Without it: that requests are taken."""
+    exit_on_error: bool = False
+    """End the process, with code 1, where a model of the start cannot be loaded."""
+    auto_complete_config: bool = True
+    """Fill in what a tensor model's `config.pbtxt` leaves out, from its ONNX file."""
+    allow_file_override: bool = False
+    """Let callers that may load models bring the model's files along."""
+    allow_client_shm: bool = False
+    """Let callers register system shared memory for tensors."""
+    allow_setting_updates: bool = False
+    """Let callers change log and trace settings."""
+    response_cache_bytes: CountOrAuto = 0
+    """Memory for answers of tensor models whose config enables `response_cache`. 0: none is kept."""
+    max_inflight_inferences: Count = 4096
+    """Tensor requests admitted and not yet answered, over all models."""
+    max_inflight_tensor_bytes: Count = 1 << 30
+    """Bytes of their inputs."""
+    http_max_input_size: Annotated[int, Meta(ge=1024, le=1 << 40)] = 64 << 20
+    """Bytes of a KServe-v2 body over HTTP, decompressed, and of the tensors it describes."""
     enable_tokenizer_info: bool = False
     """Answer `/tokenizer_info`, which shows the chat template."""
 
@@ -278,6 +323,8 @@ def _from_toml(path: Path) -> dict[str, Any]:
         values[name] = _convert(name, types[name], value, {"file": file, "field": name})
         if isinstance(values[name], Path):
             values[name] = path.parent / values[name]
+        elif name == "more_repositories":
+            values[name] = tuple(path.parent / each for each in values[name])
     if SECRETS & values.keys():
         _warn_if_readable(path)
     return values

@@ -27,7 +27,7 @@ def test_no_model_is_called_none(script_source):
 
 
 def test_models_are_unloaded_and_loaded_where_the_operator_allows_it(script_source):
-    with application(script_source, allow_model_control=True) as api:
+    with application(script_source, model_control_mode="explicit", load_model=("*",)) as api:
         assert api.client.post("/v1/internal/model/unload").json() == "OK"
         answer = api.complete(prompt="hello")
         assert answer.status_code == 503
@@ -38,7 +38,7 @@ def test_models_are_unloaded_and_loaded_where_the_operator_allows_it(script_sour
 
 
 def test_a_load_that_fails_is_an_error_and_the_old_version_serves_on(script_source):
-    with application(script_source, allow_model_control=True) as api:
+    with application(script_source, model_control_mode="explicit", load_model=("*",)) as api:
         script_source.error = ConfigError("is broken", file="model.onnx")
         answer = api.post("/v1/internal/model/load", {"model_name": "tiny"})
         assert answer.status_code == 503
@@ -47,7 +47,7 @@ def test_a_load_that_fails_is_an_error_and_the_old_version_serves_on(script_sour
 
 
 def test_a_load_that_asks_for_what_we_do_not_do_is_refused(script_source):
-    with application(script_source, allow_model_control=True) as api:
+    with application(script_source, model_control_mode="explicit", load_model=("*",)) as api:
         answer = api.post("/v1/internal/model/load", {"model_name": "tiny", "args": {"load_in_4bit": True}})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "args"
@@ -58,7 +58,7 @@ def test_a_load_that_asks_for_what_we_do_not_do_is_refused(script_source):
 def test_models_are_not_touched_unless_the_operator_allows_it(api, path):
     answer = api.post(f"/v1/internal/model/{path}", {"model_name": "tiny"})
     assert answer.status_code == 403
-    assert "allow_model_control" in answer.json()["error"]["message"]
+    assert "model_control_mode" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"id": "cmpl-none"}'])

@@ -180,5 +180,5 @@ def _ok() -> Response[bytes]:
 
 
 def _check_control(settings: Settings) -> None:
-    if not settings.allow_model_control:
-        raise PermissionDenied("the operator has not set allow_model_control")
+    if settings.model_control_mode != "explicit":
+        raise PermissionDenied("the operator has not set model_control_mode to explicit")
