@@ -92,7 +92,7 @@ class RegionStatus(msgspec.Struct, frozen=True, kw_only=True):
 class TraceSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Triton's trace settings. This server keeps no traces: they can be read and, by the operator's leave, set."""
 
-    trace_level: list[str] = ["OFF"]
+    trace_level: list[str] = msgspec.field(default_factory=lambda: ["OFF"])
     trace_rate: str = "1000"
     trace_count: str = "-1"
     log_frequency: str = "0"
