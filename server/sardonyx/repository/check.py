@@ -9,11 +9,13 @@ from pathlib import Path
 import msgspec
 
 from sardonyx.errors import ConfigError
-from sardonyx.repository.config import language_model_options
+from sardonyx.repository.autocomplete import DEFAULT_GRAPH, complete_config
+from sardonyx.repository.config import ENSEMBLE, language_model_options
+from sardonyx.repository.config_fields import refuse_fields
 from sardonyx.repository.layout import ModelEntry, Repository, file_problems, read_manifest
 from sardonyx.repository.manifest import Manifest
+from sardonyx.repository.tensor_config import read_tensor_config
 
-DEFAULT_GRAPH = "model.onnx"
 _MAX_JSON_BYTES = 256 << 20
 
 
@@ -77,14 +79,28 @@ def version_problems(entry: ModelEntry, folder: Path, hashes: bool) -> Iterator[
         yield error
         return
     if manifest is None:
-        graph = entry.config.default_model_filename or DEFAULT_GRAPH
-        if not (folder / graph).exists():
-            yield ConfigError(f"has neither manifest.json nor {graph}", file=str(folder))
+        yield from _tensor_model_problems(entry, folder)
         return
     yield from file_problems(folder, manifest, hashes=hashes)
     yield from _json_problems(folder, manifest)
     if manifest.llm is not None:
         yield from _language_model_problems(entry, folder, manifest, manifest.llm.max_model_len)
+
+
+def _tensor_model_problems(entry: ModelEntry, folder: Path) -> Iterator[ConfigError]:
+    """What can be seen without the graph, from which most of the config is completed."""
+    file = str(entry.config_path)
+    is_ensemble = entry.config.platform == ENSEMBLE
+    try:
+        if is_ensemble:
+            read_tensor_config(complete_config(entry.config, [], [], num_gpus=0), file=file)
+        else:
+            refuse_fields(entry.config, file=file)
+    except ConfigError as error:
+        yield error
+    graph = entry.config.default_model_filename or DEFAULT_GRAPH
+    if not is_ensemble and not (folder / graph).exists():
+        yield ConfigError(f"has neither manifest.json nor {graph}", file=str(folder))
 
 
 def _json_problems(folder: Path, manifest: Manifest) -> Iterator[ConfigError]:

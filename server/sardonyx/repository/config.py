@@ -1,17 +1,20 @@
-"""`config.pbtxt`: Triton's ModelConfig, the file that an operator edits.
+"""`config.pbtxt`: Triton's ModelConfig, the file that an operator edits, and the JSON form that a load may bring.
 
 Floor 1. Parsed into tritonclient's own message: a second copy of those protos would clash with it in one process. A
-field that a family does not honour is refused by name, never ignored.
+field that a family does not honour is refused by name, never ignored. What a plain tensor model honours is
+`tensor_config`'s matter.
 """
 
 import difflib
+import json
 import re
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from google.protobuf import text_format
+from google.protobuf import json_format, text_format
 from msgspec import Meta
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -22,8 +25,11 @@ FILE_NAME = "config.pbtxt"
 MAX_BYTES = 1 << 20
 PLATFORM = "onnxruntime_onnx"
 BACKEND = "onnxruntime"
+ENSEMBLE = "ensemble"
+"""Platform of models that are made of other models; they have no backend and no graph."""
 
 _FIELD_IN_MESSAGE = re.compile(r"""(?:field named|[Ff]ield|multiple) "([\w.]+)\"""")
+_FIELD_IN_JSON_MESSAGE = re.compile(r"Failed to parse (\w+) field: ")
 _FIELD_IN_LINE = re.compile(r"([A-Za-z_]\w*)\s*[:{\[]")
 _LANGUAGE_MODEL_FIELDS = frozenset({"name", "platform", "backend", "version_policy", "parameters"})
 
@@ -80,24 +86,58 @@ def parse_config(data: bytes, *, name: str, file: str = FILE_NAME) -> ModelConfi
     Source: Triton, docs/user_guide/model_configuration.md; core/src/model_config_utils.cc.
     """
     config = _parse(data, file)
-    if config.name and config.name != name:
-        raise ConfigError(
-            f"is {config.name!r}, but the folder is {name!r}: they must be equal", file=file, field="name"
-        )
-    config.name = name
-    if config.platform not in {"", PLATFORM}:
-        raise ConfigError(f"is {config.platform!r}; this server has {PLATFORM!r}", file=file, field="platform")
-    if config.backend not in {"", BACKEND}:
-        raise ConfigError(f"is {config.backend!r}; this server has {BACKEND!r}", file=file, field="backend")
-    if Path(config.default_model_filename).name != config.default_model_filename:
-        raise ConfigError("is not a plain file name", file=file, field="default_model_filename")
-    policy = config.version_policy
-    kind = policy.WhichOneof("policy_choice")
-    if kind == "latest" and policy.latest.num_versions < 1:
-        raise ConfigError("is 0: no version would be served", file=file, field="version_policy.latest.num_versions")
-    if kind == "specific" and (not policy.specific.versions or min(policy.specific.versions) < 1):
-        raise ConfigError("needs versions from 1 up", file=file, field="version_policy.specific.versions")
+    _check(config, name, file)
     return config
+
+
+def parse_override(json_text: str | bytes, *, name: str, file: str = "config") -> ModelConfig:
+    """Parse the JSON form of a model config, which replaces config.pbtxt for one load, and check it as `parse_config`.
+
+    Args:
+        json_text: field names as in the proto or in camel case, enum values in any case, numbers also as strings.
+        name: the model's folder.
+        file: how errors call the text.
+
+    Raises:
+        ConfigError: no JSON object, too large or too deep, an unknown field, a value of the wrong type; or as
+            `parse_config`.
+
+    Source: Protocol Buffers, "ProtoJSON Format"; Triton, docs/protocol/extension_model_repository.md.
+    """
+    if len(json_text) > MAX_BYTES:
+        raise ConfigError(f"is larger than {MAX_BYTES:,} bytes", file=file)
+    try:
+        values = json.loads(json_text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        if not isinstance(values, dict):
+            raise ValueError("is not a JSON object")
+        config: ModelConfig = json_format.ParseDict(_upper_enums(values, ModelConfig.DESCRIPTOR), ModelConfig())
+    except json_format.ParseError as error:
+        text = str(error).partition("\n")[0]
+        fields = _FIELD_IN_JSON_MESSAGE.findall(text) or _FIELD_IN_MESSAGE.findall(text)
+        reason = _FIELD_IN_JSON_MESSAGE.sub("", text).rstrip(". ")
+        raise ConfigError(reason, file=file, field=".".join(fields) or None) from error
+    except RecursionError as error:
+        raise ConfigError("is nested too deep", file=file) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"is not JSON: {error.msg} at character {error.pos}", file=file) from error
+    except ValueError as error:
+        reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise ConfigError(reason, file=file) from error
+    _check(config, name, file)
+    return config
+
+
+def is_plain_file_name(name: str) -> bool:
+    """`name` can only be a file beside where it is looked for."""
+    return name not in {"", ".", ".."} and not set(name) & set("/\\\0")
+
+
+def unknown_parameter(key: str, known: Iterable[str], *, owner: str, file: str) -> ConfigError:
+    """The refusal of a key of ``parameters`` that nothing reads, with the likeliest one that was meant."""
+    names = list(known)
+    close = difflib.get_close_matches(key, names, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+    return ConfigError(f"is not a parameter of {owner}; {hint}", file=file, field=f"parameters[{key!r}]")
 
 
 def choose_versions(config: ModelConfig, present: list[int]) -> list[int]:
@@ -121,17 +161,16 @@ def language_model_options(config: ModelConfig, *, file: str = FILE_NAME) -> Lan
         ConfigError: an unknown parameter, a value of the wrong type or out of range, or a field of ModelConfig that a
             language model does not honour (batching, tensors and instances are the engine's own matter).
     """
+    if config.platform == ENSEMBLE:
+        raise ConfigError("has no meaning for a language model", file=file, field="platform")
     for field, _ in config.ListFields():
         if field.name not in _LANGUAGE_MODEL_FIELDS:
             raise ConfigError("has no meaning for a language model", file=file, field=field.name)
     types = {field.name: field.type for field in msgspec.structs.fields(LanguageModelOptions)}
     values: dict[str, Any] = {}
     for key in sorted(config.parameters):
-        where = f"parameters[{key!r}]"
         if key not in types:
-            close = difflib.get_close_matches(key, types, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(types)}"
-            raise ConfigError(f"is not a parameter of a language model; {hint}", file=file, field=where)
+            raise unknown_parameter(key, types, owner="a language model", file=file)
         text = config.parameters[key].string_value.strip()
         value = parse_size(text) if key.endswith("_bytes") else None
         # The bare type: with `| None` the text "null" would pass as None.
@@ -140,8 +179,81 @@ def language_model_options(config: ModelConfig, *, file: str = FILE_NAME) -> Lan
             values[key] = msgspec.convert(text if value is None else value, bare_type, strict=False)
         except msgspec.ValidationError as error:
             reason = str(error).partition(", got")[0].replace("`", "").replace("Expected", "expected")
-            raise ConfigError(f"{reason}, not {text!r}", file=file, field=where) from error
+            raise ConfigError(f"{reason}, not {text!r}", file=file, field=f"parameters[{key!r}]") from error
     return LanguageModelOptions(**values)
+
+
+def _check(config: ModelConfig, name: str, file: str) -> None:
+    """Check what holds for every family, and fill an empty name."""
+    if config.name and config.name != name:
+        raise ConfigError(
+            f"is {config.name!r}, but the folder is {name!r}: they must be equal", file=file, field="name"
+        )
+    config.name = name
+    _check_platform(config, file)
+    graph = config.default_model_filename
+    if graph and not is_plain_file_name(graph):
+        raise ConfigError("is not a plain file name", file=file, field="default_model_filename")
+    policy = config.version_policy
+    kind = policy.WhichOneof("policy_choice")
+    if kind == "latest" and policy.latest.num_versions < 1:
+        raise ConfigError("is 0: no version would be served", file=file, field="version_policy.latest.num_versions")
+    if kind == "specific" and (not policy.specific.versions or min(policy.specific.versions) < 1):
+        raise ConfigError("needs versions from 1 up", file=file, field="version_policy.specific.versions")
+
+
+def _check_platform(config: ModelConfig, file: str) -> None:
+    platform, backend = config.platform, config.backend
+    if platform == ENSEMBLE and backend:
+        raise ConfigError(
+            f"Ensemble model '{config.name}' must have platform type '{platform}' and empty backend type",
+            file=file,
+            field="backend",
+        )
+    if platform and backend and (platform, backend) != (PLATFORM, BACKEND):
+        reason = f"unexpected 'platform' and 'backend' pair, got:{platform}, {backend}"
+        raise ConfigError(reason, file=file, field="backend" if platform == PLATFORM else "platform")
+    if platform not in {"", PLATFORM, ENSEMBLE}:
+        raise ConfigError(
+            f"is {platform!r}; this server has {PLATFORM!r} and {ENSEMBLE!r}", file=file, field="platform"
+        )
+    if backend not in {"", BACKEND}:
+        raise ConfigError(f"is {backend!r}; this server has {BACKEND!r}", file=file, field="backend")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("names a key twice in one object")
+    return values
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _upper_enums(values: dict[str, Any], descriptor: Any) -> dict[str, Any]:  # protobuf's own, untyped in tritonclient
+    """A JSON object with the values of enum fields in upper case: Triton's parser takes any, Python's does not."""
+    fields = {name: field for field in descriptor.fields for name in (field.name, field.json_name)}
+    return {key: _upper_value(value, fields.get(key)) for key, value in values.items()}
+
+
+def _upper_value(value: Any, field: Any) -> Any:
+    if isinstance(value, list):
+        return [_upper_value(each, field) for each in value]
+    if field is None:
+        return value
+    if field.enum_type is not None:
+        return value.upper() if isinstance(value, str) else value
+    if field.message_type is None or value is None:
+        return value
+    if not isinstance(value, dict):
+        # Python's parser reads an empty list as an empty message.
+        raise json_format.ParseError(f"Failed to parse {field.name} field: expected an object")
+    if field.message_type.GetOptions().map_entry:
+        inner = field.message_type.fields_by_name["value"]
+        return {key: _upper_value(each, inner) for key, each in value.items()}
+    return _upper_enums(value, field.message_type)
 
 
 def _parse(data: bytes, file: str) -> ModelConfig:
