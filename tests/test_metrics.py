@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from sardonyx import triton_metrics
 from sardonyx.core import FinishReason
 from sardonyx.engine.stats import STEP_S_BOUNDS, LoopStats
 from sardonyx.metrics import FAMILIES, Histogram, Metrics
@@ -177,3 +178,26 @@ def test_every_family_is_rendered_and_has_its_row_in_the_readme():
         labels = ", ".join(f"`{label}`" for label in family.labels)
         assert f"| `sardonyx_{name}` | {alias} | {family.kind} | {labels} | {family.help} |\n" in text
     assert len(re.findall(r"^\| `sardonyx_", text, re.MULTILINE)) == len(FAMILIES)
+
+
+def test_inference_statistics_are_made_once_and_shown_under_tritons_names():
+    metrics = Metrics("0")
+    statistics = metrics.inference("m", 3)
+    statistics.success.add(5_000)
+    assert metrics.inference("m", 3) is statistics
+    assert metrics.inference("m", 4) is not statistics
+    assert samples(metrics)["sardonyx_build_info{version=0}"] == 1
+    lines = metrics.render()[0].decode().splitlines()
+    assert 'nv_inference_request_success{model="m",version="3"} 1' in lines
+    assert 'nv_inference_request_success{model="m",version="4"} 0' in lines
+    assert 'nv_inference_request_duration_us{model="m",version="3"} 5' in lines
+
+
+def test_every_triton_metric_has_its_row_in_the_readme():
+    rows = [(family.name, family.kind, "`model`, `version`", family.help) for family in triton_metrics.MODEL_FAMILIES]
+    rows.append((triton_metrics.FAILURES, "counter", "`model`, `version`, `reason`", triton_metrics.FAILURES_HELP))
+    rows += [(family.name, family.kind, "", family.help) for family in triton_metrics.MACHINE_FAMILIES]
+    text = README.read_text()
+    for name, kind, labels, meaning in rows:
+        assert f"| `{name}` | {kind} | {labels} | {meaning} |\n" in text
+    assert len(re.findall(r"^\| `nv_", text, re.MULTILINE)) == len(rows)

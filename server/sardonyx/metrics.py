@@ -1,8 +1,9 @@
 """Every metric of the server, named once in `FAMILIES`, rendered for Prometheus.
 
 Floor 0. What a model's requests cost is shown under our prefix and, from the same numbers, under vLLM's names, which
-dashboards and routers (llm-d, Gateway API inference extension) already read. Observations are made in one thread, the
-event loop's, so none takes a lock; `Metrics.render` may run in any thread and sees each number whole.
+dashboards and routers (llm-d, Gateway API inference extension) already read; what inference on tensors costs, under
+Triton's names (`triton_metrics`). Observations are made in one thread, the event loop's, so none takes a lock;
+`Metrics.render` may run in any thread and sees each number whole.
 """
 
 import copy
@@ -16,6 +17,9 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
+
+from sardonyx import triton_metrics
+from sardonyx.statistics import InferenceStatistics
 
 # vLLM's own bounds (vllm/v1/metrics/loggers.py), so that its dashboards' quantiles keep their resolution.
 # fmt: off
@@ -326,6 +330,8 @@ class Metrics(Collector):
         self.registry = registry or CollectorRegistry()
         self._version = version
         self._models: dict[str, ModelMetrics] = {}
+        self._inference: dict[tuple[str, int], InferenceStatistics] = {}
+        self._machine = triton_metrics.Machine()
         self._rejections: dict[str, int] = {}
         self._http_requests: dict[tuple[str, str, str], int] = {}
         self._http_durations: dict[tuple[str, str], Histogram] = {}
@@ -337,6 +343,12 @@ class Metrics(Collector):
     def model(self, name: str) -> ModelMetrics:
         """The metrics of a model of the repository, made at first use. Never call it with a name from a request."""
         return self._models.setdefault(name, ModelMetrics(name))
+
+    def inference(self, name: str, version: int) -> InferenceStatistics:
+        """What inference on a version of a model has cost. Made at first use, kept for ever: as with `model`."""
+        if (name, version) not in self._inference:
+            self._inference[name, version] = InferenceStatistics(name, version)
+        return self._inference[name, version]
 
     def reject(self, reason: str) -> None:
         """Admission said no. `reason` is one of a few words of ours, such as ``requests`` or ``tokens``."""
@@ -365,7 +377,8 @@ class Metrics(Collector):
 
     def render(self) -> tuple[bytes, str]:
         """The exposition and its content type. Takes milliseconds: not for the event loop."""
-        return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+        nv = triton_metrics.render(list(self._inference.values()), self._machine)
+        return generate_latest(self.registry) + nv.encode(), CONTENT_TYPE_PLAIN_0_0_4
 
     def collect(self) -> Iterable[Metric]:
         """Called by the registry."""
