@@ -9,7 +9,7 @@ import gc
 import logging
 import shlex
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -19,6 +19,10 @@ from litestar.di import Provide
 
 from sardonyx.api.auth import Gatekeeper
 from sardonyx.api.front import Front
+from sardonyx.api.kserve.grpc_server import GrpcServer
+from sardonyx.api.kserve.http import KServeHttp, Shortcut, kserve_http
+from sardonyx.api.kserve.service import InferenceService
+from sardonyx.api.metrics_port import serve_metrics
 from sardonyx.api.openai.chat import ChatController
 from sardonyx.api.openai.completions import CompletionsController
 from sardonyx.api.openai.errors import EXCEPTION_HANDLERS
@@ -29,7 +33,7 @@ from sardonyx.api.ops import OpsController
 from sardonyx.api.server import DrainingServer, bind
 from sardonyx.api.textgen.billing import BillingController
 from sardonyx.api.textgen.internal import InternalController
-from sardonyx.errors import ServeError
+from sardonyx.errors import ConfigError, ServeError
 from sardonyx.metrics import Metrics
 from sardonyx.serving.loader import build_registry
 from sardonyx.serving.registry import Registry
@@ -39,10 +43,25 @@ from sardonyx.version import __version__
 logger = logging.getLogger(__name__)
 
 _LAG_INTERVAL_S = 0.5
+GRPC_GRACE_S = 5.0
+"""After the drain, for the last answers over gRPC."""
 
 
-def create_app(settings: Settings, registry: Registry, metrics: Metrics) -> Litestar:
-    """The ASGI application. Its lifespan starts and closes the registry."""
+class Ending:
+    """Why the process must end although nobody told it to."""
+
+    def __init__(self) -> None:
+        self.error: ConfigError | None = None
+        self.stop: Callable[[], object] = lambda: None
+        """Begins the end. On the event loop."""
+
+
+def create_app(settings: Settings, registry: Registry, metrics: Metrics, ending: Ending | None = None) -> Litestar:
+    """The ASGI application. Its lifespan starts and closes the registry and the other ports.
+
+    Args:
+        ending: told where the lifespan cannot go on.
+    """
     own_hosts = ("localhost", "127.0.0.1", "[::1]", _url_host(settings.host))
     keeper = Gatekeeper(
         api_keys=settings.api_keys,
@@ -50,6 +69,8 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics) -> Lite
         local_hosts=() if settings.allow_unauthenticated else own_hosts,
         origins=settings.cors_origins,
     )
+    service = InferenceService(registry, settings)
+    kserve = KServeHttp(service, settings, keeper)
     given = {"models": registry, "settings": settings, "metrics": metrics, "keeper": keeper}
     app = Litestar(
         [
@@ -60,6 +81,7 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics) -> Lite
             TokensController,
             InternalController,
             BillingController,
+            kserve_http(service, settings, keeper),
         ],
         guards=[keeper.guard],
         dependencies={name: _provide(value) for name, value in given.items()},
@@ -68,9 +90,9 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics) -> Lite
         cors_config=_cors(settings),
         openapi_config=openapi_config(__version__, needs_key=bool(settings.api_keys)),
         logging_config=None,
-        lifespan=[lambda _: _running(settings, registry, metrics)],
+        lifespan=[lambda _: _running(settings, registry, metrics, service, keeper, ending or Ending())],
     )
-    app.asgi_handler = Front(app.asgi_handler, metrics)
+    app.asgi_handler = Front(Shortcut(kserve, app.asgi_handler), metrics)
     return app
 
 
@@ -86,7 +108,8 @@ def run(settings: Settings) -> None:
     registry = build_registry(settings, metrics)
     with bind(settings.host, settings.port) as listener:
         settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
-        app = create_app(settings, registry, metrics)
+        ending = Ending()
+        app = create_app(settings, registry, metrics, ending)
         front = app.asgi_handler
         assert isinstance(front, Front)
 
@@ -98,7 +121,11 @@ def run(settings: Settings) -> None:
         gc.collect()
         gc.freeze()
         logger.info("listening on %s:%d, loading models from %s", settings.host, settings.port, settings.repository)
-        DrainingServer(app, drain).run(sockets=[listener])
+        server = DrainingServer(app, drain)
+        ending.stop = server.request_exit
+        server.run(sockets=[listener])
+    if ending.error is not None:
+        raise ending.error
     logger.info("stopped")
 
 
@@ -157,34 +184,78 @@ def _provide(value: Any) -> Provide:
 
 
 @contextlib.asynccontextmanager
-async def _running(settings: Settings, registry: Registry, metrics: Metrics) -> AsyncIterator[None]:
+async def _running(
+    settings: Settings,
+    registry: Registry,
+    metrics: Metrics,
+    service: InferenceService,
+    keeper: Gatekeeper,
+    ending: Ending,
+) -> AsyncIterator[None]:
     """Models load while the server already answers; everything is closed at the end."""
-    tasks = [
-        asyncio.create_task(_load_models(settings, registry)),
-        asyncio.create_task(_watch_event_loop(metrics)),
-    ]
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await registry.close()
+    async with contextlib.AsyncExitStack() as closing:
+        closing.push_async_callback(registry.close)
+        closing.callback(service.close)
+        try:
+            if settings.allow_grpc:
+                grpc_server = await GrpcServer.start(service, settings, keeper)
+                closing.push_async_callback(grpc_server.stop, GRPC_GRACE_S)
+                logger.info("listening on %s:%d for gRPC", settings.host, grpc_server.port)
+            if settings.metrics_port:
+                closing.callback(serve_metrics(metrics, settings.host, settings.metrics_port))
+        except ConfigError as error:
+            ending.error = error
+            raise
+        tasks = [
+            asyncio.create_task(_load_models(settings, registry, ending)),
+            asyncio.create_task(_watch_event_loop(metrics)),
+        ]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _load_models(settings: Settings, registry: Registry) -> None:
-    """Load what there is, and say how to use it."""
+async def _load_models(settings: Settings, registry: Registry, ending: Ending) -> None:
+    """Load what is wanted, say how to use it, and in `poll` mode go on looking."""
     started_s = time.monotonic()
     try:
-        await registry.start()
-        model = registry.resolve(None)
+        await registry.start(_startup_names(settings))
     except ServeError as error:
         logger.error("no model can be used: %s", error)
-        return
     except Exception:
         logger.exception("no model can be used")
+    if settings.exit_on_error and (failures := registry.startup_failures()):
+        ending.error = ConfigError(f"failed to load all models: {', '.join(failures)}", field="exit_on_error")
+        ending.stop()
         return
-    logger.info("model %s is ready after %.1f s; try:", model.name, time.monotonic() - started_s)
+    _tell_how_to_use(settings, registry, started_s)
+    while settings.model_control_mode == "poll":
+        await asyncio.sleep(settings.repository_poll_s)
+        try:
+            await registry.poll()
+        except ServeError as error:
+            logger.error("the repositories could not be read: %s", error)
+
+
+def _startup_names(settings: Settings) -> tuple[str, ...] | None:
+    """Models to load first; ``None``: all of them."""
+    if settings.model_control_mode != "explicit" or settings.load_model == ("*",):
+        return None
+    return settings.load_model
+
+
+def _tell_how_to_use(settings: Settings, registry: Registry, started_s: float) -> None:
+    num_ready = sum(len(model.versions) for model in registry.ready_models())
+    logger.info("%d model versions are ready after %.1f s", num_ready, time.monotonic() - started_s)
+    try:
+        model = registry.resolve(None)
+    except ServeError as error:
+        logger.info("no text can be asked for: %s", error)
+        return
+    logger.info("model %s is ready; try:", model.name)
     logger.info(example_command(settings, has_chat_template=model.chat_template is not None))
 
 

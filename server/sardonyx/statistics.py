@@ -102,6 +102,12 @@ class InferenceStatistics:
         batch.compute_infer.add(times.compute_infer_ns)
         batch.compute_output.add(times.compute_output_ns)
 
+    def observe_response(self, position: int, infer_ns: int) -> None:
+        """A decoupled model gave one more answer to a request, so long after the one before."""
+        response = self.responses.setdefault(position, ResponseStatistics())
+        response.compute_infer.add(infer_ns)
+        response.success.add(infer_ns)
+
     def observe_failure(self, reason: FailureReason, total_ns: int) -> None:
         """A request that was accepted, or refused by the queue, got an error."""
         self.last_inference_ms = time.time_ns() // 1_000_000

@@ -92,6 +92,8 @@ class TensorEvent(msgspec.Struct, kw_only=True):
     times: InferenceTimes = InferenceTimes()
     executed_batch_size: int = 0
     """Rows of the whole batch it ran in; 0 if it never ran."""
+    counts_execution: bool = False
+    """The first of its batch's events: whoever counts executions counts these."""
 
 
 @dataclass(slots=True, eq=False)

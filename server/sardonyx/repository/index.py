@@ -3,6 +3,11 @@
 Floor 1. Reads configs and manifests and looks at file sizes; opens no weights, so it takes milliseconds a model.
 """
 
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
 import msgspec
 
 from sardonyx.errors import ConfigError
@@ -25,6 +30,10 @@ class IndexEntry(msgspec.Struct, frozen=True, kw_only=True):
     """RFC 3339, from the manifest."""
     reason: str = ""
     """Why it cannot be served; empty where nothing speaks against it."""
+    depends_on: tuple[str, ...] = ()
+    """Models that an ensemble is made of."""
+    fingerprint: str = ""
+    """Changes with any file of the model's folder. Empty where the folder could not be read."""
 
 
 def index(repository: Repository) -> list[IndexEntry]:
@@ -36,15 +45,35 @@ def index(repository: Repository) -> list[IndexEntry]:
     return [_describe(entry) for entry in repository.entries()]
 
 
+def merge(indexes: Iterable[list[IndexEntry]]) -> list[IndexEntry]:
+    """The models of several repositories, by name. One that is in two of them can be served from neither."""
+    merged: dict[str, IndexEntry] = {}
+    for entry in (entry for entries in indexes for entry in entries):
+        if entry.name in merged:
+            entry = IndexEntry(
+                name=entry.name,
+                versions=[],
+                reason="model appears in two or more repositories",
+                fingerprint=merged[entry.name].fingerprint + entry.fingerprint,
+            )
+        merged[entry.name] = entry
+    return [merged[name] for name in sorted(merged)]
+
+
 def _describe(entry: ModelEntry) -> IndexEntry:
+    fingerprint = _fingerprint(entry.path)
     if entry.error is not None:
-        return IndexEntry(name=entry.name, versions=[], reason=str(entry.error))
+        return IndexEntry(name=entry.name, versions=[], reason=str(entry.error), fingerprint=fingerprint)
     if not entry.versions:
-        return IndexEntry(name=entry.name, versions=[], reason="has no version to serve")
+        reason = "has no version to serve"
+        return IndexEntry(name=entry.name, versions=[], reason=reason, fingerprint=fingerprint)
     folder = entry.version_path(entry.versions[-1])
+    steps = entry.config.ensemble_scheduling.step
     facts = IndexEntry(
         name=entry.name,
         versions=entry.versions,
+        fingerprint=fingerprint,
+        depends_on=tuple(dict.fromkeys(step.model_name for step in steps)),
         size_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     )
     problem = next(version_problems(entry, folder, hashes=False), None)
@@ -59,3 +88,21 @@ def _describe(entry: ModelEntry) -> IndexEntry:
         created=manifest.created if manifest else "",
         reason=str(problem or ""),
     )
+
+
+def _fingerprint(path: Path) -> str:
+    """Of names, sizes and times of all files of a model's folder; links count as what they are, not where they lead."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for folder, folders, files in os.walk(path):
+            folders.sort()
+            for name in sorted(files):
+                status = os.lstat(Path(folder, name))
+                piece = (
+                    f"{os.path.relpath(folder, path)}/{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}"
+                )
+                digest.update(piece.encode(errors="surrogateescape"))
+            digest.update(f"\0{folders}".encode(errors="surrogateescape"))
+    except OSError:
+        return ""
+    return digest.hexdigest()

@@ -101,8 +101,16 @@ class Repository:
                 continue
         return entries
 
-    def entry(self, name: str) -> ModelEntry:
+    def has(self, name: str) -> bool:
+        """There is a model of that name, which may come from a request; it may be broken."""
+        return bool(_NAME.fullmatch(name)) and _looks_like_model(self.root / name)
+
+    def entry(self, name: str, config: ModelConfig | None = None) -> ModelEntry:
         """The model of that name, which may come from a request.
+
+        Args:
+            name: of a folder.
+            config: in place of the one that lies there.
 
         Raises:
             ModelNotFound: there is none, or `name` is no model name.
@@ -113,7 +121,7 @@ class Repository:
             raise ModelNotFound(f"no model {name[:160]!r} in the repository", code="model_not_found")
         self._check_inside(path)
         self._check_inside(path / model_config.FILE_NAME)
-        config = model_config.load_config(path)
+        config = model_config.load_config(path) if config is None else config
         try:
             present = _versions(path)
         except OSError as error:

@@ -33,6 +33,7 @@ __all__ = [
     "TensorSpec",
     "WarmupInput",
     "WarmupSample",
+    "read_placement",
     "read_tensor_config",
 ]
 
@@ -102,6 +103,20 @@ def read_tensor_config(config: ModelConfig, *, file: str = FILE_NAME, num_gpus: 
         uses_cache=config.response_cache.enable,
     )
     return tensors if steps else _with_session(tensors, config, file, num_gpus)
+
+
+def read_placement(config: ModelConfig, *, file: str = FILE_NAME, num_gpus: int = 0) -> TensorConfig:
+    """Only what sessions are opened with: instances, providers, options. The tensors may still be open, and stay empty.
+
+    A graph must be opened before its config can be completed from it.
+
+    Raises:
+        ConfigError: as `read_tensor_config`, about these fields.
+    """
+    refuse_fields(config, file=file)
+    _check_platform(config, file)
+    tensors = TensorConfig(name=config.name, max_batch_size=config.max_batch_size, inputs=(), outputs=())
+    return _with_session(tensors, config, file, num_gpus)
 
 
 def _with_session(tensors: TensorConfig, config: ModelConfig, file: str, num_gpus: int) -> TensorConfig:

@@ -3,7 +3,10 @@
 Floor 2. A name here is what settings and `instance_group` kinds resolve to; ONNX Runtime's names stay in this package.
 """
 
-from dataclasses import dataclass, field
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import onnxruntime as ort
 
@@ -26,12 +29,34 @@ _PROVIDERS = {
         ExecutionProvider("cpu", "CPUExecutionProvider"),
         # The arena's default doubles its last block, which wastes up to half of a card that other models share.
         ExecutionProvider("cuda", "CUDAExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"}),
+        ExecutionProvider("tensorrt", "TensorrtExecutionProvider"),
+        ExecutionProvider("openvino", "OpenVINOExecutionProvider"),
     )
 }
 
 
-def execution_provider(name: str) -> ExecutionProvider:
+def num_gpus(root: Path = Path("/")) -> int:
+    """CUDA devices that the installed ONNX Runtime could use; 0 where it was built without CUDA.
+
+    ONNX Runtime does not tell, and asking CUDA itself would need another library; the driver's files do.
+
+    Args:
+        root: where ``proc`` and ``dev`` lie.
+    """
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return 0
+    cards = root / "proc/driver/nvidia/gpus"
+    num_cards = len(list(cards.iterdir())) if cards.is_dir() else int((root / "dev/nvhost-gpu").exists())  # Jetson
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return num_cards if visible is None else min(num_cards, len([each for each in visible.split(",") if each.strip()]))
+
+
+def execution_provider(name: str, options: Mapping[str, str] | None = None) -> ExecutionProvider:
     """Look a provider up.
+
+    Args:
+        name: ours.
+        options: ONNX Runtime's, added to those that we open it with.
 
     Raises:
         ConfigError: we do not know it, or the installed ONNX Runtime was built without it.
@@ -43,4 +68,4 @@ def execution_provider(name: str) -> ExecutionProvider:
         raise ConfigError(
             f"{name!r} is not part of the installed ONNX Runtime; install sardonyx[{name}]", field="execution provider"
         )
-    return provider
+    return replace(provider, options=provider.options | dict(options)) if options else provider

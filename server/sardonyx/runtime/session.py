@@ -9,10 +9,11 @@ import ctypes
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
@@ -74,6 +75,34 @@ class TensorSpec:
     """A number, or a symbol or ``None`` where any size goes."""
 
 
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """How a session is opened where an operator may choose. What is ``None`` is the process's or ONNX Runtime's own."""
+
+    providers: tuple[ExecutionProvider, ...] = ()
+    """In the order in which they are asked for nodes; the CPU takes the rest. None: the CPU."""
+    num_threads: int | None = None
+    num_parallel_threads: int | None = None
+    """Operators that run at once in parallel mode."""
+    is_parallel: bool = False
+    enable_arena: bool = True
+    enable_mem_pattern: bool = False
+    graph_level: int = 0
+    """Triton's numbers: 0 all optimisations, 1 extended, -1 basic, 2 none."""
+    session_entries: dict[str, str] = field(default_factory=dict)
+    """ONNX Runtime's session config entries."""
+    run_entries: dict[str, str] = field(default_factory=dict)
+    """ONNX Runtime's run config entries."""
+
+
+_GRAPH_LEVELS = {
+    0: ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    -1: ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+
+
 class Binding:
     """Inputs and outputs of a session bound by pointer, ready to run again and again.
 
@@ -104,20 +133,33 @@ class Binding:
 class Session:
     """An open graph. Open one with `open_session`. `run` and `Binding.run` may be called by several threads."""
 
-    def __init__(self, session: ort.InferenceSession, model_name: str, provider: ExecutionProvider) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        model_name: str,
+        provider: ExecutionProvider,
+        run_options: ort.RunOptions | None = None,
+    ) -> None:
         self._session: ort.InferenceSession | None = session
         self.model_name = model_name
         self.provider = provider.name
+        self._run_options = run_options
         self.inputs = {spec.name: spec for spec in map(_tensor_spec, session.get_inputs())}
         self.outputs = {spec.name: spec for spec in map(_tensor_spec, session.get_outputs())}
+        self.optional_inputs = {
+            spec.name: spec for spec in map(_tensor_spec, session.get_overridable_initializers()) if spec.name
+        }
+        """Initializers that a run may override."""
+        specs = (self.inputs, self.outputs, self.optional_inputs)
+        self._has_bf16 = any(spec.datatype.name == "BF16" for group in specs for spec in group.values())
 
     def run(
         self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] | None = None
     ) -> dict[str, npt.NDArray[Any]]:
-        """Run the graph once on host arrays.
+        """Run the graph once on host arrays. Nothing is copied on the CPU: outputs are ONNX Runtime's own memory.
 
         Args:
-            inputs: every input by name.
+            inputs: every input by name; BF16 as its bits in uint16, strings as objects of `str`.
             outputs: wanted ones; ``None``: all.
 
         Raises:
@@ -125,10 +167,25 @@ class Session:
         """
         wanted = list(self.outputs if outputs is None else outputs)
         try:
-            values = self._open().run(wanted, dict(inputs))
+            if self._has_bf16:
+                values = self._run_bf16(wanted, inputs)
+            else:
+                values = self._open().run(wanted, inputs, self._run_options)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise self._failed(error) from error
         return dict(zip(wanted, values, strict=True))
+
+    def _run_bf16(self, wanted: list[str], inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """For want of a bfloat16 in numpy, these tensors cross the border as memory."""
+        feeds = {}
+        for name, array in inputs.items():
+            spec = self.inputs.get(name) or self.optional_inputs[name]
+            if spec.datatype.name == "BF16":
+                feeds[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, spec.datatype.element_type)
+            else:
+                feeds[name] = ort.OrtValue.ortvalue_from_numpy(array)
+        values = self._open().run_with_ort_values(wanted, feeds, self._run_options)
+        return [_bits(value) if value.data_type() == "tensor(bfloat16)" else value.numpy() for value in values]
 
     def new_binding(self) -> Binding:
         """An empty binding of this session."""
@@ -162,7 +219,7 @@ class Session:
         return EngineError(f"model {self.model_name} failed on the execution provider {self.provider}")
 
 
-def open_session(path: Path, *, model_name: str, provider: str = "cpu") -> Session:
+def open_session(path: Path, *, model_name: str, provider: str = "cpu", config: SessionConfig | None = None) -> Session:
     """Open a graph for serving.
 
     Its external data is checked first. Nodes that the provider cannot run are an error, never moved to another one
@@ -173,47 +230,76 @@ def open_session(path: Path, *, model_name: str, provider: str = "cpu") -> Sessi
         path: of ``model.onnx``.
         model_name: for messages and logs.
         provider: a name that `execution_provider` knows.
+        config: an operator's choices, for plain tensor models. Its providers replace `provider`, and leave nodes that
+            they cannot run to the CPU, as Triton does.
 
     Raises:
         ConfigError: the file or its external data is missing, unsafe or no ONNX graph that this build runs.
     """
     _prepare_process()
-    resolved = execution_provider(provider)
+    config = config or SessionConfig()
+    providers = config.providers or (execution_provider(provider),)
+    resolved = providers[0]
     check_external_data(path)
     try:
         session = ort.InferenceSession(
             str(path),
-            _session_options(resolved),
-            providers=[(resolved.ort_name, resolved.options)],
+            _session_options(resolved, config),
+            providers=[(each.ort_name, each.options) for each in providers],
             enable_fallback=0,
             read_config_from_model=0,
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         _ort_logger.error("model %s: %s", model_name, error)
         raise ConfigError(
-            f"ONNX Runtime {ort.__version__} cannot open it on the execution provider {provider}; the log says why",
+            f"ONNX Runtime {ort.__version__} cannot open it on the execution provider {resolved.name}; the log says "
+            "why",
             file=path.name,
         ) from error
     try:
-        return Session(session, model_name, resolved)
+        return Session(session, model_name, resolved, _run_options(config))
     except ConfigError as error:
         raise ConfigError(error.reason, file=path.name) from None
 
 
-def _session_options(provider: ExecutionProvider) -> ort.SessionOptions:
+def _session_options(provider: ExecutionProvider, config: SessionConfig) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = _threads.num_threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.enable_mem_pattern = False
+    options.intra_op_num_threads = config.num_threads or _threads.num_threads
+    options.inter_op_num_threads = config.num_parallel_threads or 1
+    mode = ort.ExecutionMode
+    options.execution_mode = mode.ORT_PARALLEL if config.is_parallel else mode.ORT_SEQUENTIAL
+    options.graph_optimization_level = _GRAPH_LEVELS[config.graph_level]
+    options.enable_cpu_mem_arena = config.enable_arena
+    options.enable_mem_pattern = config.enable_mem_pattern
     options.log_severity_level = _ort_severity()
     # By content and not by file name: a graph in ORT's own format would get past the check of external data.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     if not _threads.allow_spinning:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(BOUNDED_SPIN_US))
-    if provider.name != "cpu":
+    if provider.name != "cpu" and not config.providers:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    for key, value in config.session_entries.items():
+        options.add_session_config_entry(key, value)
     return options
+
+
+def _run_options(config: SessionConfig) -> ort.RunOptions | None:
+    if not config.run_entries:
+        return None
+    options = ort.RunOptions()
+    for key, value in config.run_entries.items():
+        options.add_run_config_entry(key, value)
+    return options
+
+
+def _bits(value: Any) -> npt.NDArray[np.uint16]:
+    """The bits of a bfloat16 OrtValue, copied: nothing would keep the value alive for a view."""
+    shape = tuple(value.shape())
+    size = int(np.prod(shape, dtype=np.int64))
+    if size == 0:
+        return np.empty(shape, np.uint16)
+    memory = (ctypes.c_uint16 * size).from_address(value.data_ptr())
+    return np.ctypeslib.as_array(memory).reshape(shape).copy()
 
 
 def _return_freed_memory() -> None:

@@ -66,6 +66,7 @@ class Admission:
     Args:
         max_sequences: prompts times choices.
         max_tokens: prompt tokens, those of each choice counted.
+        unit: what messages call tokens; other units are counted in the same way.
         on_reject: told which limit said no.
         clock: monotonic seconds.
         jitter: uniform in [0, 1); spreads the clients that come back.
@@ -76,6 +77,7 @@ class Admission:
         max_sequences: int,
         max_tokens: int,
         *,
+        unit: str = "queued prompt tokens",
         on_reject: Callable[[Limit], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
@@ -85,6 +87,7 @@ class Admission:
         self.num_sequences = 0
         self.num_tokens = 0
         self._num_reservations = 0
+        self._unit = unit
         self._on_reject = on_reject
         self._clock = clock
         self._jitter = jitter
@@ -126,7 +129,7 @@ class Admission:
     def _refusal(self, limit: Limit) -> Overloaded:
         self._on_reject(limit)
         most = self.max_sequences if limit == "requests" else self.max_tokens
-        what = "requests" if limit == "requests" else "queued prompt tokens"
+        what = "requests" if limit == "requests" else self._unit
         return Overloaded(
             f"the server is at its limit of {most:,} {what}; try again later", retry_after_s=self.retry_after_s()
         )

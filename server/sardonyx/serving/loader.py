@@ -1,193 +1,164 @@
-"""From a model's folder to a model that serves: tokenizer, session, KV cache, step loop.
+"""From names to loaded models, over several repositories: what the registry gets its models from.
 
 Floor 4. Everything here blocks; the registry runs it in worker threads.
 """
 
-import logging
-import time
-from contextlib import ExitStack
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from sardonyx.core import RunnerLimits
-from sardonyx.engine.continuous import ContinuousOptions, ContinuousPolicy
-from sardonyx.engine.loop import StepLoop
-from sardonyx.errors import ConfigError
+from google.protobuf import text_format
+
+from sardonyx.errors import ConfigError, ModelNotFound
 from sardonyx.metrics import Metrics
-from sardonyx.processing.chat_messages import ChatLimits
-from sardonyx.processing.chat_template import ChatTemplate
-from sardonyx.processing.tokenizer import Tokenizer
-from sardonyx.repository.config import language_model_options
-from sardonyx.repository.index import IndexEntry, index
-from sardonyx.repository.layout import ModelEntry, Repository, check_files, read_manifest
-from sardonyx.repository.manifest import LanguageModel, Manifest, all_files
-from sardonyx.runners.decoder import DecoderRunner
-from sardonyx.runtime.kv_cache import bytes_per_slot
-from sardonyx.runtime.session import configure_threads, open_session
-from sardonyx.serving.admission import Admission
-from sardonyx.serving.capacity import EngineLimits, count_slots, describe_capacity, engine_limits
-from sardonyx.serving.dispatch import EventDispatch
-from sardonyx.serving.memory import KvBudget, KvShare, free_memory_bytes
-from sardonyx.serving.pool import WorkerPool
-from sardonyx.serving.prompts import BYTES_PER_POSITION
-from sardonyx.serving.registry import FAMILY, Registry
-from sardonyx.serving.status import unix_time
-from sardonyx.serving.text import TextLimits, TextModel, TextVersion
+from sardonyx.repository.config import FILE_NAME, parse_override
+from sardonyx.repository.index import IndexEntry, index, merge
+from sardonyx.repository.layout import ModelEntry, Repository, read_manifest, validate_model_name
+from sardonyx.runtime.session import configure_threads
+from sardonyx.serving.ensemble import EnsembleModel
+from sardonyx.serving.memory import KvBudget, free_memory_bytes
+from sardonyx.serving.registry import TEXT_FAMILY, Registry
+from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
+from sardonyx.serving.tensor_loader import TensorLoader
+from sardonyx.serving.tensors import TensorModel
+from sardonyx.serving.text_loader import TextLoader
 from sardonyx.settings import Settings, usable_cores
 
-logger = logging.getLogger(__name__)
+_FILE_PATH = re.compile(r"[1-9][0-9]{0,17}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}){1,4}|[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_MAX_FILES = 256
 
 
 def build_registry(settings: Settings, metrics: Metrics) -> Registry:
-    """A registry over the repository of the settings, not started. Sets the process's compute threads.
+    """A registry over the repositories of the settings, not started. Sets the process's compute threads.
 
     Raises:
         ConfigError: there is no repository.
     """
     configure_threads(settings.num_threads or usable_cores(), allow_spinning=settings.allow_spinning)
-    repository = Repository(settings.repository)
-    num_models = sum(entry.family == FAMILY for entry in index(repository))
+    repositories = [Repository(path) for path in (settings.repository, *settings.more_repositories)]
+    num_models = sum(entry.family == TEXT_FAMILY for entry in merge([index(each) for each in repositories]))
     budget = KvBudget(int(settings.memory_fraction * free_memory_bytes()), num_models)
-    return Registry(
-        TextLoader(repository, settings, metrics, budget),
+    loader = ModelLoader(repositories, settings, metrics, budget)
+    registry = Registry(
+        loader,
         default_model=settings.default_model,
         aliases=settings.aliases,
         unload_timeout_s=settings.drain_timeout_s,
+        is_strict=settings.strict_readiness,
+        max_loads=settings.model_load_thread_count,
     )
+    loader.connect(registry)
+    return registry
 
 
-class TextLoader:
-    """Loads language models of one repository; a `registry.ModelSource`. What they share is made here.
+class ModelLoader:
+    """Loads models of any family; a `registry.ModelSource`. Made before the registry; `connect` closes the circle.
 
     Args:
-        budget: for the KV caches of all models that bring no `kv_cache_bytes` of their own.
+        budget: for the KV caches of all language models.
     """
 
-    def __init__(self, repository: Repository, settings: Settings, metrics: Metrics, budget: KvBudget) -> None:
-        self._repository = repository
-        self._settings = settings
-        self._metrics = metrics
-        self._budget = budget
-        self._pool = WorkerPool()
-        self._admission = Admission(settings.max_queued_requests, settings.max_queued_tokens, on_reject=metrics.reject)
+    def __init__(self, repositories: list[Repository], settings: Settings, metrics: Metrics, budget: KvBudget) -> None:
+        self._repositories = repositories
+        self._registry: Registry | None = None
+        self._texts = TextLoader(settings, metrics, budget)
+        self._tensors = TensorLoader(settings, metrics, self._served)
+
+    def connect(self, registry: Registry) -> None:
+        """Where ensembles find their parts. Once, before the first load."""
+        self._registry = registry
 
     def index(self) -> list[IndexEntry]:
-        """Every model of the repository."""
-        return index(self._repository)
+        """Every model of the repositories."""
+        return merge([index(each) for each in self._repositories])
 
     def close(self) -> None:
         """When the last model is closed."""
-        self._pool.close()
+        self._texts.close()
 
-    def load(self, name: str) -> TextModel:
-        """The newest version of a model, its engine running.
+    def load(self, name: str, override: ModelOverride | None = None) -> LoadedModel:
+        """Every version that the model's policy chooses, or none; of a language model the newest one.
 
         Raises:
-            ConfigError: a file is missing or wrong, or one sequence does not fit the memory budget.
+            ConfigError: a file is missing or wrong, or something does not fit.
             ModelNotFound: no such model.
         """
-        started_s = time.monotonic()
-        entry = self._repository.entry(name)
-        folder, manifest, llm = _newest_version(entry)
-        check_files(folder, manifest, hashes=False)
-        options = language_model_options(entry.config, file=str(entry.config_path))
-        limits = engine_limits(options, self._settings, llm.max_model_len)
-        version = _read_version(name, folder, manifest, llm, limits)
-        with ExitStack() as undo:
-            share = self._take_memory(name, limits, bytes_per_slot(llm.kv, limits.capacity))
-            undo.callback(self._budget.give_back, share)
-            num_slots = self._count_slots(name, limits, bytes_per_slot(llm.kv, limits.capacity), share)
-            session = open_session(folder / manifest.graphs["decoder"].model.path, model_name=name)
-            undo.callback(session.close)
-            runner = DecoderRunner(session, llm, _runner_limits(llm, limits, num_slots))
-            undo.callback(runner.close)
-            runner.warm_up()
-            dispatch = EventDispatch()
-            engine = StepLoop(name, ContinuousPolicy(runner.limits, _policy_options(limits)), runner, dispatch.deliver)
-            dispatch.connect(engine)
-            engine.start()
-            undo.pop_all()
-        metrics = self._metrics.model(name)
-        metrics.set_cache_info(block_size=limits.capacity, num_blocks=num_slots)
-        logger.info("%s: version %d loaded in %.1f s", name, version.version, time.monotonic() - started_s)
-        return TextModel(
-            version,
-            engine,
-            dispatch,
-            admission=self._admission,
-            pool=self._pool,
-            metrics=metrics,
-            limits=TextLimits(
-                max_choices=self._settings.max_choices,
-                request_timeout_s=self._settings.request_timeout_s,
-                queue_timeout_s=self._settings.queue_timeout_s,
-            ),
-            on_close=lambda: self._budget.give_back(share),
-        )
+        with self._entry(name, override) as entry:
+            if not entry.versions:
+                raise ConfigError("has no version to serve", file=str(entry.path))
+            manifest = read_manifest(entry.version_path(entry.versions[-1]))
+            if manifest is not None:
+                if manifest.family != TEXT_FAMILY:
+                    raise ConfigError(f"models of the family {manifest.family} are not served", file=str(entry.path))
+                text = self._texts.load(entry)
+                return LoadedModel(versions={text.version: text})
+            return LoadedModel(versions=self._load_versions(entry))
 
-    def _take_memory(self, name: str, limits: EngineLimits, slot_bytes: int) -> KvShare:
-        wanted = limits.max_num_seqs * slot_bytes
-        if limits.kv_cache_bytes is not None:
-            return self._budget.claim(name, min(wanted, limits.kv_cache_bytes))
-        return self._budget.take(name, wanted)
+    def _load_versions(self, entry: ModelEntry) -> dict[int, ServedModel]:
+        versions: dict[int, TensorModel | EnsembleModel] = {}
+        try:
+            for version in entry.versions:
+                versions[version] = self._tensors.load(entry, version)
+        except BaseException:
+            for model in versions.values():
+                model.discard()
+            raise
+        return dict(versions)
 
-    def _count_slots(self, name: str, limits: EngineLimits, slot_bytes: int, share: KvShare) -> int:
-        """Slots of the KV cache, and a line in the log that says why so many."""
-        if limits.kv_cache_bytes is not None:
-            budget_bytes, source = limits.kv_cache_bytes, "kv_cache_bytes"
-        else:
-            budget_bytes = share.num_bytes
-            total = self._budget.total_bytes / (1 << 20)
-            source = f"memory_fraction {self._settings.memory_fraction:g} ({total:,.0f} MiB for all models)"
-        num_slots = count_slots(limits, slot_bytes, budget_bytes, source=source)
-        logger.info("%s: %s", name, describe_capacity(limits, slot_bytes, num_slots, budget_bytes, source))
-        return num_slots
+    @contextmanager
+    def _entry(self, name: str, override: ModelOverride | None) -> Iterator[ModelEntry]:
+        """The model's folder and config, or what the caller brought in their place while the block runs."""
+        if override is None:
+            yield self._repository(name).entry(name)
+            return
+        config = parse_override(override.config, name=name)
+        if not override.files:
+            yield self._repository(name).entry(name, config)
+            return
+        root = Path(tempfile.mkdtemp(prefix="sardonyx-load-"))
+        try:
+            write_files(root, name, override.files)
+            (root / name / FILE_NAME).write_text(text_format.MessageToString(config))
+            yield Repository(root).entry(name)
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
+
+    def _repository(self, name: str) -> Repository:
+        having = [each for each in self._repositories if each.has(name)]
+        if not having:
+            raise ModelNotFound(f"no model {name[:160]!r} in the repository", code="model_not_found")
+        if len(having) > 1:
+            raise ConfigError("model appears in two or more repositories")
+        return having[0]
+
+    def _served(self, name: str, version: int | None) -> ServedModel:
+        assert self._registry is not None
+        return self._registry.served(name, version)
 
 
-def _newest_version(entry: ModelEntry) -> tuple[Path, Manifest, LanguageModel]:
-    if not entry.versions:
-        raise ConfigError("has no version to serve", file=str(entry.path))
-    folder = entry.version_path(entry.versions[-1])
-    manifest = read_manifest(folder)
-    if manifest is None or manifest.llm is None:
-        raise ConfigError("is no language model: its manifest does not say so", file=str(folder))
-    if manifest.target != "cpu":
-        raise ConfigError(f"was exported for {manifest.target}; this server runs on the CPU", file=str(folder))
-    return folder, manifest, manifest.llm
+def write_files(root: Path, name: str, files: dict[str, bytes]) -> None:
+    """Make a model's folder of files that came over the network. `root` is fresh and ours alone.
 
-
-def _read_version(name: str, folder: Path, manifest: Manifest, llm: LanguageModel, limits: EngineLimits) -> TextVersion:
-    tokenizer = Tokenizer.load(folder)
-    template = None
-    if tokenizer.chat_template is not None:
-        template = ChatTemplate(
-            tokenizer.chat_template,
-            special_tokens=tokenizer.special_tokens,
-            limits=ChatLimits(max_chars=BYTES_PER_POSITION * limits.max_model_len),
-        )
-    return TextVersion(
-        name=name,
-        version=int(folder.name),
-        manifest=manifest,
-        created=unix_time(manifest.created) or int(folder.stat().st_mtime),
-        size_bytes=sum(file.size_bytes for file in all_files(manifest)),
-        max_model_len=limits.max_model_len,
-        vocab_size=llm.vocab_size,
-        eos_token_ids=frozenset(llm.eos_token_ids or tokenizer.eos_token_ids),
-        tokenizer=tokenizer,
-        chat_template=template,
-    )
-
-
-def _runner_limits(llm: LanguageModel, limits: EngineLimits, num_slots: int) -> RunnerLimits:
-    return RunnerLimits(
-        num_slots=num_slots,
-        max_model_len=limits.max_model_len,
-        max_chunk_tokens=limits.max_chunk_tokens,
-        vocab_size=llm.vocab_size,
-    )
-
-
-def _policy_options(limits: EngineLimits) -> ContinuousOptions:
-    return ContinuousOptions(
-        max_num_seqs=limits.max_num_seqs, max_batch_tokens=limits.max_batch_tokens, max_step_ms=limits.max_step_ms
-    )
+    Raises:
+        ConfigError: too many, or a path that is not plain: a version and file names, or one file name.
+    """
+    validate_model_name(name)
+    if len(files) > _MAX_FILES:
+        raise ConfigError(f"at most {_MAX_FILES} files can be brought along, not {len(files)}")
+    folder = root / name
+    folder.mkdir()
+    for path, data in sorted(files.items()):
+        if not _FILE_PATH.fullmatch(path):
+            raise ConfigError(f"Invalid file parameter '{path[:160]}' must stay within model directory.")
+        if path == FILE_NAME:
+            raise ConfigError("the config comes as a parameter of its own, not as a file")
+        target = folder / path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("xb") as file:
+                file.write(data)
+        except OSError as error:
+            raise ConfigError(f"cannot be written: {error.strerror}", file=path) from error

@@ -6,63 +6,30 @@ or taken out of it between two awaits, so whoever resolved a name holds a model 
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from sardonyx.errors import ModelNotFound, ModelNotReady, ServeError
+from sardonyx.errors import ConfigError, InvalidRequest, ModelNotFound, ModelNotReady
 from sardonyx.repository.index import IndexEntry
-from sardonyx.serving.status import ModelState, ModelStatus, describe, safe_reason
+from sardonyx.serving.ensemble import EnsembleModel
+from sardonyx.serving.lifecycle import Entry, Lifecycle, ModelSource
+from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
+from sardonyx.serving.status import ModelState, ModelStatus, VersionStatus, describe, describe_versions
 from sardonyx.serving.text import TextModel
+from sardonyx.serving.text_tensors import TextTensorModel
 
-__all__ = ["ModelSource", "ModelState", "ModelStatus", "Registry"]
+__all__ = ["ModelSource", "ModelState", "ModelStatus", "Registry", "VersionStatus"]
 
 logger = logging.getLogger(__name__)
 
-FAMILY = "llm"
+TEXT_FAMILY = "llm"
+TEXT_FAMILIES = frozenset({TEXT_FAMILY, ""})
+"""Families of models that text can be asked of; empty is a manifest that could not be read, whose load says why."""
+FAMILIES = TEXT_FAMILIES | {"tensors"}
 """What this registry loads."""
 STALLED_S = 30.0
 """With work and no finished step for so long, an engine is taken for stuck."""
-_MAX_LOADS = 2
-"""At once. Loading is reading from disk and building tables; more of it at a time only slows what is served."""
-
-
-class ModelSource(Protocol):
-    """Where a registry gets its models. `serving.loader.TextLoader` is one.
-
-    `index` and `load` block, and run in worker threads.
-    """
-
-    def index(self) -> list[IndexEntry]:
-        """Every model of the repository, by name. Raises ConfigError without a repository."""
-        ...
-
-    def load(self, name: str) -> TextModel:
-        """The newest version of a model, ready for requests.
-
-        Raises:
-            ServeError: it cannot be loaded; ConfigError names file and field.
-        """
-        ...
-
-    def close(self) -> None:
-        """Give back what the models shared. The last call."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """One name. All but `lock` changes between awaits only."""
-
-    facts: IndexEntry
-    state: ModelState = ModelState.UNAVAILABLE
-    reason: str = "not loaded"
-    model: TextModel | None = None
-    """What requests get; set exactly while READY."""
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by whoever loads or unloads."""
-    loading: "asyncio.Task[TextModel] | None" = None
-    """The load that others who ask for one may wait for as well."""
 
 
 class Registry:
@@ -73,6 +40,8 @@ class Registry:
         default_model: for requests that name none; ``None``: the first by name, ready ones before others.
         aliases: other names, each for a model.
         unload_timeout_s: how long a model that is unloaded or replaced may finish what it has.
+        is_strict: readiness asks for every model of the start.
+        max_loads: at once.
     """
 
     def __init__(
@@ -82,44 +51,49 @@ class Registry:
         default_model: str | None = None,
         aliases: Mapping[str, str] | None = None,
         unload_timeout_s: float = 30.0,
+        is_strict: bool = True,
+        max_loads: int = 2,
     ) -> None:
         self._source = source
         self._default_model = default_model
         self._aliases = dict(aliases or {})
-        self._unload_timeout_s = unload_timeout_s
-        self._entries: dict[str, _Entry] = {}
-        self._startup_names: set[str] = set()
-        self._live: set[TextModel] = set()
-        """Loaded and not closed: those in place, and those that finish what they have."""
+        self._is_strict = is_strict
+        self._entries: dict[str, Entry] = {}
+        self._lifecycle = Lifecycle(source, self._entries, unload_timeout_s, max_loads)
         self._refreshing = asyncio.Lock()
-        self._load_slots = asyncio.Semaphore(_MAX_LOADS)
-        self._tasks: set[asyncio.Task[Any]] = set()
-        """Loads, unloads and closings under way. They go on when the caller who asked for them leaves."""
         self._has_started = False
         self._is_draining = False
         self._is_accepting = True
-        self._is_closed = False
 
-    async def start(self) -> None:
-        """Read the repository and load every language model in it. Readiness waits for all of them.
+    async def start(self, names: Iterable[str] | None = None) -> None:
+        """Read the repositories and load models. Readiness waits for all of them.
 
         Returns when each is loaded or has failed; a task of its own lets requests in meanwhile.
 
+        Args:
+            names: what to load; ``None``: everything. An ensemble brings its parts along.
+
         Raises:
-            ConfigError: there is no repository.
+            ConfigError: there is no repository, or no model of a name.
         """
         await self.refresh()
-        self._startup_names = {name for name, entry in self._entries.items() if entry.facts.family in {FAMILY, ""}}
+        wanted = set(self._entries if names is None else names)
+        for name in sorted(wanted - self._entries.keys()):
+            raise ConfigError(f"there is no model {name!r} in the repository", field="load_model")
+        needed = [self._entries[name] for name in sorted(wanted) if self._entries[name].facts.family in FAMILIES]
+        for entry in needed:
+            entry.is_needed = True
         self._has_started = True
         for alias, name in self._aliases.items():
             if name not in self._entries:
                 logger.warning("alias %s stands for %s, which is not in the repository", alias, name)
-        await asyncio.gather(
-            *(self._begin_load(self._entries[name]) for name in sorted(self._startup_names)), return_exceptions=True
-        )
+        await asyncio.gather(*map(self._lifecycle.begin_load, needed), return_exceptions=True)
 
-    async def refresh(self) -> None:
-        """Look at the repository again, for what was added or removed. `load` does so too.
+    async def refresh(self) -> set[str]:
+        """Look at the repositories again, for what was added or removed. `load` does so too.
+
+        Returns:
+            Names of the models that lie there.
 
         Raises:
             ConfigError: there is no repository.
@@ -130,15 +104,29 @@ class Registry:
             if name in self._entries:
                 self._entries[name].facts = each
             else:
-                self._entries[name] = _Entry(each, reason=each.reason or _other_family(each.family) or "not loaded")
+                self._entries[name] = Entry(each, reason=each.reason or _other_family(each.family) or "not loaded")
         for name in self._entries.keys() - facts.keys():
             entry = self._entries[name]
             if entry.model is None and entry.loading is None and not entry.lock.locked():
                 del self._entries[name]
-                self._startup_names.discard(name)
+        return set(facts)
+
+    async def poll(self) -> None:
+        """Follow the repositories: load what is new or changed, unload what is gone.
+
+        What cannot be loaded is tried again when its files change once more; what served before goes on serving.
+        """
+        present = await self.refresh()
+        work: list[asyncio.Task[Any]] = []
+        for name, entry in list(self._entries.items()):
+            if name not in present:
+                work.append(self._lifecycle.spawn(self._lifecycle.unload(entry)))
+            elif entry.facts.family in FAMILIES and entry.tried_fingerprint != entry.facts.fingerprint:
+                work.append(self._lifecycle.begin_load(entry))
+        await asyncio.gather(*work, return_exceptions=True)
 
     def resolve(self, name: str | None) -> TextModel:
-        """The model for a request.
+        """The language model for a request.
 
         Args:
             name: a model or an alias; ``None`` or empty for the default model.
@@ -146,43 +134,110 @@ class Registry:
         Raises:
             ModelNotFound: unknown name, with code ``model_not_found``.
             ModelNotReady: loading, unloading or failed, or the server is shutting down.
+            InvalidRequest: the model is of another kind.
         """
-        if not self._is_accepting:
-            raise ModelNotReady("the server is shutting down")
+        self._check_accepting()
         wanted = name or self._default_name()
-        entry = self._entries.get(self._aliases.get(wanted, wanted)) or self._entries.get(wanted)
+        entry = self._find(wanted)
         if entry is None:
             raise _not_found(wanted)
         if entry.model is None:
             reason = f": {entry.reason}" if entry.reason else ""
             raise ModelNotReady(f"model {entry.facts.name} is {entry.state.lower()}{reason}")
-        return entry.model
+        newest = entry.model.newest
+        if not isinstance(newest, TextTensorModel):
+            raise InvalidRequest(
+                f"model {entry.facts.name} is no language model; it is served at /v2/models/{entry.facts.name}",
+                param="model",
+            )
+        return newest.text
 
-    async def load(self, name: str) -> TextModel:
-        """Load a model, or reload it: the old version serves until the new one is ready, and finishes what it has.
+    def served(self, name: str, version: int | None = None) -> ServedModel:
+        """A version of a model of any family, the highest where none is named. The words are Triton's.
 
-        Who asks while it is being loaded gets that load's result.
+        Raises:
+            ModelNotFound: no such model, or no such version.
+            ModelNotReady: it is there but cannot be used now, or the server is shutting down.
+        """
+        self._check_accepting()
+        entry = self._find(name)
+        shown = name[:160]
+        if entry is None:
+            raise ModelNotFound(f"Request for unknown model: '{shown}' is not found")
+        if entry.model is None:
+            if version is not None and version not in {*entry.past_versions, *entry.facts.versions}:
+                raise ModelNotFound(f"Request for unknown model: '{shown}' version {version} is not found")
+            reason = f": {entry.reason}" if entry.reason else ""
+            raise ModelNotReady(f"Request for unknown model: '{shown}' has no available versions{reason}")
+        if version is None:
+            return entry.model.newest
+        if version not in entry.model.versions:
+            if version in entry.past_versions:
+                raise ModelNotReady(f"Request for unknown model: '{shown}' version {version} is not at ready state")
+            raise ModelNotFound(f"Request for unknown model: '{shown}' version {version} is not found")
+        return entry.model.versions[version]
+
+    def ready_models(self) -> list[LoadedModel]:
+        """All that can be used now, by name."""
+        return [entry.model for _, entry in sorted(self._entries.items()) if entry.model is not None]
+
+    def versions(self, name: str) -> list[int]:
+        """Ready versions of a model, ascending. Raises as `served`."""
+        entry = self._find(self.served(name).name)
+        return sorted(entry.model.versions) if entry is not None and entry.model is not None else []
+
+    async def load(
+        self, name: str, override: ModelOverride | None = None, *, only_if_changed: bool = False
+    ) -> LoadedModel:
+        """Load a model, or reload it: the old versions serve until the new ones are ready, and finish what they have.
+
+        Who asks while it is being loaded gets that load's result, unless either brings something along.
+
+        Args:
+            name: of a model.
+            override: in place of what lies in the repository.
+            only_if_changed: leave a model alone that serves from the files as they are.
 
         Raises:
             ModelNotFound: no such model in the repository.
-            ModelNotReady: it cannot be loaded; the message says why. An old version goes on serving.
+            ModelNotReady: it cannot be loaded; the message says why. Old versions go on serving.
         """
-        self._check_open()
+        self._lifecycle.check_open()
         name = self._aliases.get(name, name)
         if name not in self._entries or self._entries[name].loading is None:
             await self.refresh()
-            self._check_open()
-        model: TextModel = await asyncio.shield(self._begin_load(self._entry(name)))
+            self._lifecycle.check_open()
+        if override is not None and override.files and name not in self._entries:
+            self._entries[name] = Entry(IndexEntry(name=name, versions=[], family="tensors"))
+        entry = self._entry(name)
+        if override is None and only_if_changed and entry.model is not None:
+            if entry.tried_fingerprint == entry.facts.fingerprint:
+                return entry.model
+            entry.override = None
+        if override is not None:
+            while entry.loading is not None:
+                await asyncio.wait([entry.loading])
+        model: LoadedModel = await asyncio.shield(self._lifecycle.begin_load(entry, override))
         return model
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str, *, unload_dependents: bool = False) -> None:
         """Take no more requests for the model, finish those it has up to the drain limit, and free it.
+
+        Ensembles that it is a part of become unavailable, too.
+
+        Args:
+            name: of a model.
+            unload_dependents: also unload the models that an ensemble is made of.
 
         Raises:
             ModelNotFound: no such model.
         """
-        self._check_open()
-        await asyncio.shield(self._spawn(self._unload(self._entry(self._aliases.get(name, name)))))
+        self._lifecycle.check_open()
+        entry = self._entry(self._aliases.get(name, name))
+        entries = [entry]
+        if unload_dependents:
+            entries += [self._entries[part] for part in self._lifecycle.parts(entry) if part in self._entries]
+        await asyncio.shield(self._lifecycle.spawn(self._lifecycle.unload_in_turn(entries)))
 
     def stop_generation(self, request_id: str | None = None) -> int:
         """End one generation by its id, or all of them; each ends as CANCELLED with what it has.
@@ -190,7 +245,7 @@ class Registry:
         Returns:
             How many were ended.
         """
-        return sum(model.stop_generation(request_id) for model in self._live)
+        return sum(model.stop_generation(request_id) for model in self._lifecycle.live)
 
     def unready_reasons(self) -> "list[str]":
         """Why `is_ready` says no; safe to show."""
@@ -199,20 +254,34 @@ class Registry:
             reasons.append("the server is starting")
         if self._is_draining:
             reasons.append("the server is shutting down")
-        for name in sorted(self._startup_names):
-            entry = self._entries[name]
-            if entry.state is not ModelState.READY:
+        entries = sorted(self._entries.items())
+        for name, entry in entries:
+            if self._is_strict and entry.is_needed and entry.state is not ModelState.READY:
                 reasons.append(f"model {name} is {entry.state.lower()}")
-        for name, entry in self._entries.items():
-            if entry.model is not None and not entry.model.is_alive:
+        for name, entry in entries:
+            served = entry.model.versions.values() if entry.model is not None else ()
+            if not all(each.is_alive for each in served):
                 reasons.append(f"the engine of model {name} stopped")
-            elif entry.model is not None and entry.model.stats().stalled_s > STALLED_S:
+            elif any(each.stalled_s > STALLED_S for each in served):
                 reasons.append(f"the engine of model {name} makes no progress")
         return reasons
 
     def is_ready(self) -> bool:
-        """Accepting, every startup model READY, and every engine alive and moving."""
+        """Accepting, every startup model READY (where that is asked for), and every engine alive and moving."""
         return not self.unready_reasons()
+
+    @property
+    def is_live(self) -> bool:
+        """The repositories were read, and the server is not shutting down."""
+        return self._has_started and self._is_accepting
+
+    def startup_failures(self) -> dict[str, str]:
+        """Models of the start that could not be loaded, with the reason. After `start`."""
+        return {
+            name: entry.reason
+            for name, entry in sorted(self._entries.items())
+            if entry.is_needed and entry.state is ModelState.UNAVAILABLE
+        }
 
     async def drain(self, grace_s: float, timeout_s: float) -> None:
         """Shut down in order.
@@ -223,109 +292,52 @@ class Registry:
         self._is_draining = True
         await asyncio.sleep(grace_s)
         self._is_accepting = False
-        await asyncio.gather(*(model.drain(timeout_s) for model in self._live))
+        deadline_s = time.monotonic() + timeout_s
+        # Ensembles first: they still send requests to their parts.
+        for are_ensembles in (True, False):
+            models = [model for model in self._lifecycle.live if isinstance(model, EnsembleModel) is are_ensembles]
+            await asyncio.gather(*(model.drain(max(0.0, deadline_s - time.monotonic())) for model in models))
         await self.close()
 
     async def close(self) -> None:
         """End everything and free every model. Idempotent."""
-        self._is_draining, self._is_accepting, self._is_closed = True, False, True
-        await asyncio.gather(*(self._close(model) for model in list(self._live)))
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._is_draining, self._is_accepting = True, False
+        await self._lifecycle.close()
         for entry in self._entries.values():
             entry.model, entry.state, entry.reason = None, ModelState.UNAVAILABLE, "the server is shutting down"
         self._source.close()
 
-    def _begin_load(self, entry: _Entry) -> "asyncio.Task[TextModel]":
-        """The load under way, or a new one."""
-        if entry.loading is None:
-            if entry.state is ModelState.UNAVAILABLE:
-                entry.state, entry.reason = ModelState.LOADING, ""
-            entry.loading = self._spawn(self._load(entry))
-        return entry.loading
-
-    async def _load(self, entry: _Entry) -> TextModel:
-        try:
-            async with entry.lock, self._load_slots:
-                self._check_open()
-                if entry.model is None:
-                    entry.state, entry.reason = ModelState.LOADING, ""
-                try:
-                    model = await asyncio.to_thread(self._source.load, entry.facts.name)
-                except Exception as error:
-                    raise self._failure(entry, error) from error
-                self._live.add(model)
-                if self._is_closed:
-                    await self._close(model)
-                    self._check_open()
-                old, entry.model = entry.model, model
-                entry.state, entry.reason = ModelState.READY, ""
-                if old is not None:
-                    self._spawn(self._retire(old))
-                return model
-        finally:
-            entry.loading = None
-
-    def _failure(self, entry: _Entry, error: Exception) -> ModelNotReady:
-        """Note why a load failed."""
-        name = entry.facts.name
-        if isinstance(error, ServeError):
-            logger.error("model %s cannot be loaded: %s", name, error)
-            reason = safe_reason(error)
-        else:
-            logger.exception("model %s cannot be loaded", name)
-            reason = "an internal error, see the log"
-        if entry.model is None:
-            entry.state, entry.reason = ModelState.UNAVAILABLE, reason
-        else:
-            entry.reason = f"version {entry.model.version} serves; the last reload failed: {reason}"
-        return ModelNotReady(f"model {name} cannot be loaded: {reason}")
-
-    async def _unload(self, entry: _Entry) -> None:
-        async with entry.lock:
-            self._startup_names.discard(entry.facts.name)
-            model, entry.model = entry.model, None
-            if model is not None:
-                entry.state, entry.reason = ModelState.UNLOADING, ""
-                await self._retire(model)
-            entry.state, entry.reason = ModelState.UNAVAILABLE, "unloaded"
-
-    async def _retire(self, model: TextModel) -> None:
-        await model.drain(self._unload_timeout_s)
-        await self._close(model)
-
-    async def _close(self, model: TextModel) -> None:
-        await model.close()
-        self._live.discard(model)
-
     def _default_name(self) -> str:
         if self._default_model is not None:
             return self._default_model
-        names = sorted(self._entries, key=lambda name: (self._entries[name].model is None, name))
-        names = [name for name in names if not _other_family(self._entries[name].facts.family)]
+        names = [name for name, entry in self._entries.items() if entry.facts.family in TEXT_FAMILIES]
         if not names:
             raise ModelNotFound("there is no language model in the repository", code="model_not_found")
-        return names[0]
+        return min(names, key=lambda name: (self._entries[name].model is None, name))
 
-    def _entry(self, name: str) -> _Entry:
+    def _find(self, name: str) -> Entry | None:
+        """By alias first: an alias may hide a model's name."""
+        return self._entries.get(self._aliases.get(name, name)) or self._entries.get(name)
+
+    def _entry(self, name: str) -> Entry:
         if name not in self._entries:
             raise _not_found(name)
         return self._entries[name]
 
-    def _check_open(self) -> None:
-        if self._is_closed:
+    def _check_accepting(self) -> None:
+        if not self._is_accepting:
             raise ModelNotReady("the server is shutting down")
 
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._forget)
-        return task
-
-    def _forget(self, task: "asyncio.Task[Any]") -> None:
-        self._tasks.discard(task)
-        # Read, so that asyncio does not report it: whoever waited was told, and the log has it.
-        if not task.cancelled():
-            task.exception()
+    def version_index(self) -> list[VersionStatus]:
+        """Every version of every model, as Triton's repository index shows them."""
+        rows = []
+        for _, entry in sorted(self._entries.items()):
+            is_new = not entry.was_wanted and entry.facts.family in FAMILIES
+            versions = set() if is_new else {*entry.past_versions, *entry.facts.versions}
+            rows += describe_versions(
+                entry.facts.name, versions, entry.model, None if is_new else entry.state, entry.reason
+            )
+        return rows
 
     def list(self) -> "list[ModelStatus]":
         """Every model of the repository, by name. Instant, also while models load."""
@@ -344,4 +356,4 @@ def _not_found(name: str) -> ModelNotFound:
 
 def _other_family(family: str) -> str:
     """Why a model of that family is not served; empty for those that are, or whose manifest could not be read."""
-    return "" if family in {FAMILY, ""} else f"no language model: its family is {family}"
+    return "" if family in FAMILIES else f"models of the family {family} are not served"

@@ -38,6 +38,29 @@ class InferAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """No other answer to that call follows."""
 
 
+class ModelOverride(msgspec.Struct, frozen=True, kw_only=True):
+    """What a caller who loads a model brings along."""
+
+    config: str
+    """A ModelConfig as JSON, in place of config.pbtxt."""
+    files: dict[str, bytes] = {}
+    """By path in the model's folder, ``1/model.onnx``. With any, the model consists of nothing else."""
+
+
+class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model as one load made it: all the versions that its policy chooses."""
+
+    versions: "dict[int, ServedModel]"
+    """At least one, ascending."""
+    fingerprint: str = ""
+    """Of the files that it was loaded from."""
+
+    @property
+    def newest(self) -> "ServedModel":
+        """The version for requests that name none."""
+        return self.versions[max(self.versions)]
+
+
 class ServedModel(Protocol):
     """One loaded version of a model."""
 

@@ -8,7 +8,8 @@ import msgspec
 
 from sardonyx.errors import ConfigError, ServeError
 from sardonyx.repository.index import IndexEntry
-from sardonyx.serving.text import TextModel
+from sardonyx.serving.served import LoadedModel
+from sardonyx.serving.text_tensors import TextTensorModel
 
 
 class ModelState(enum.StrEnum):
@@ -38,19 +39,46 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """``None`` while it is not READY."""
 
 
-def describe(facts: IndexEntry, model: TextModel | None, state: ModelState, reason: str) -> ModelStatus:
+class VersionStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One version of a model, or a model without any."""
+
+    name: str
+    version: int | None = None
+    state: ModelState | None = None
+    """``None``: nobody asked for it yet."""
+    reason: str = ""
+    """As `ModelStatus.reason`."""
+
+
+def describe(facts: IndexEntry, model: LoadedModel | None, state: ModelState, reason: str) -> ModelStatus:
     """The status of a model: what is loaded where there is one, else what lies on disk."""
     newest = facts.versions[-1] if facts.versions else None
+    served = None if model is None else model.newest
     return ModelStatus(
         name=facts.name,
-        version=newest if model is None else model.version,
+        version=newest if served is None else served.version,
         family=facts.family,
         state=state,
         reason=reason,
-        size_bytes=facts.size_bytes if model is None else model.size_bytes,
-        created=unix_time(facts.created) if model is None else model.created,
-        max_model_len=None if model is None else model.max_model_len,
+        size_bytes=facts.size_bytes if served is None else served.size_bytes,
+        created=unix_time(facts.created) if served is None else served.created,
+        max_model_len=served.text.max_model_len if isinstance(served, TextTensorModel) else None,
     )
+
+
+def describe_versions(
+    name: str, versions: set[int], model: LoadedModel | None, state: ModelState | None, reason: str
+) -> list[VersionStatus]:
+    """A row for each version; one without a version where there is none."""
+    if state is None or not versions:
+        return [VersionStatus(name=name, state=state, reason="" if state is None else reason)]
+    rows = []
+    for version in sorted(versions):
+        if model is None or version in model.versions:
+            rows.append(VersionStatus(name=name, version=version, state=state, reason=reason))
+        else:
+            rows.append(VersionStatus(name=name, version=version, state=ModelState.UNAVAILABLE, reason="unloaded"))
+    return rows
 
 
 def safe_reason(error: ServeError) -> str:

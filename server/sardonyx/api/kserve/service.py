@@ -4,36 +4,96 @@ Floor 5. The fronts translate bytes into `calls` and back; everything that the p
 called on the event loop; errors are classes of `sardonyx.errors`, for which each front has a table of statuses.
 """
 
+import logging
+import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from sardonyx.api.kserve.calls import IndexRow, LogSettings, RegionStatus, TraceSettings, WireReply, WireRequest
-from sardonyx.serving.served import ServedModel
+from sardonyx.api.kserve import codec
+from sardonyx.api.kserve.calls import (
+    IndexRow,
+    LogSettings,
+    RegionStatus,
+    SharedInput,
+    SharedOutput,
+    TraceSettings,
+    WantedOutput,
+    WireReply,
+    WireRequest,
+)
+from sardonyx.api.kserve.classification import classify
+from sardonyx.api.kserve.parameters import read_parameters
+from sardonyx.api.kserve.server_settings import ServerLog, ServerTrace
+from sardonyx.api.kserve.shared_memory import SharedMemory
+from sardonyx.errors import (
+    InvalidRequest,
+    ModelNotFound,
+    ModelNotReady,
+    PermissionDenied,
+    ServeError,
+    UnsupportedFeature,
+)
+from sardonyx.serving.registry import ModelState, Registry
+from sardonyx.serving.served import InferAnswer, InferCall, ModelOverride, ServedModel
+from sardonyx.settings import Settings
 from sardonyx.statistics import InferenceStatistics
+from sardonyx.tensors import Tensor
+from sardonyx.version import __version__
+
+logger = logging.getLogger(__name__)
+
+_VERSION = re.compile(r"[0-9]{1,18}")
+_FILE_PREFIX = "file:"
 
 
 class InferenceService:
     """The data plane and the control plane of one server."""
 
-    extensions: tuple[str, ...]
-    """Of the server metadata."""
+    def __init__(self, registry: Registry, settings: Settings, shared_memory: SharedMemory | None = None) -> None:
+        self._registry = registry
+        self._settings = settings
+        self._shared_memory = shared_memory or SharedMemory()
+        self._trace = ServerTrace()
+        self._log = ServerLog()
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Of the server metadata."""
+        return (
+            "classification",
+            "sequence",
+            "sequence(string_id)",
+            "model_repository",
+            "model_repository(unload_dependents)",
+            "schedule_policy",
+            "model_configuration",
+            *(["system_shared_memory"] if self._settings.allow_client_shm else []),
+            "binary_tensor_data",
+            "parameters",
+            "statistics",
+            "trace",
+            "logging",
+        )
 
     @property
     def server_name(self) -> str:
         """The operator's `id`."""
-        raise NotImplementedError
+        return self._settings.id
 
     @property
     def server_version(self) -> str:
-        raise NotImplementedError
+        """Ours."""
+        return __version__
 
     def is_live(self) -> bool:
-        raise NotImplementedError
+        """Requests are answered."""
+        return self._registry.is_live
 
     def is_ready(self) -> bool:
-        raise NotImplementedError
+        """Requests can be served."""
+        return self._registry.is_ready()
 
     def is_model_ready(self, name: str, version: str = "") -> bool:
         """Also false where there is no such model or version.
@@ -41,7 +101,10 @@ class InferenceService:
         Raises:
             InvalidRequest: `version` is no number.
         """
-        raise NotImplementedError
+        try:
+            return self.model(name, version).is_alive
+        except (ModelNotFound, ModelNotReady):
+            return False
 
     def model(self, name: str, version: str = "") -> ServedModel:
         """A ready version, the highest where none is named.
@@ -51,38 +114,64 @@ class InferenceService:
             ModelNotFound: ``Request for unknown model: ...``.
             ModelNotReady: it is there and not READY.
         """
-        raise NotImplementedError
+        return self._registry.served(name, _version(name, version))
 
     def ready_versions(self, name: str) -> list[int]:
-        """Ascending. Raises ModelNotFound."""
-        raise NotImplementedError
+        """Ascending. Raises as `model`."""
+        return self._registry.versions(name)
 
     def config(self, name: str, version: str = "") -> ModelConfig:
         """The completed config. Raises as `model`."""
-        raise NotImplementedError
+        return self.model(name, version).config
 
     def statistics(self, name: str = "", version: str = "") -> list[InferenceStatistics]:
         """Of one version, of a model's ready versions, or without a name of every ready model.
 
         Raises:
-            InvalidRequest: ``requested model '...' is not available``.
+            InvalidRequest: ``requested model '...' is not available``, or `version` is no number.
         """
-        raise NotImplementedError
+        if not name:
+            models = self._registry.ready_models()
+            return [each.statistics for model in models for _, each in sorted(model.versions.items())]
+        try:
+            if version:
+                return [self.model(name, version).statistics]
+            return [self._registry.served(name, each).statistics for each in self._registry.versions(name)]
+        except (ModelNotFound, ModelNotReady):
+            shown = f"{name[:160]}', version: '{version}" if version else name[:160]
+            raise InvalidRequest(f"requested model '{shown}' is not available", param="model") from None
 
     async def infer(self, request: WireRequest) -> WireReply:
         """One request, one answer. Raises what `ServedModel.infer` raises; cancelling aborts."""
-        raise NotImplementedError
+        model = self.model(request.model_name, request.model_version)
+        answer = await model.infer(self._call(request))
+        return self._reply(request, model, answer)
 
-    def stream(self, request: WireRequest) -> AsyncIterator[WireReply]:
+    async def stream(self, request: WireRequest) -> AsyncIterator[WireReply]:
         """One request, all its answers. An answer without outputs may come last, only to say that it is final.
 
         Raises what `ServedModel.stream` raises, also before the first answer.
         """
-        raise NotImplementedError
+        model = self.model(request.model_name, request.model_version)
+        async for answer in model.stream(self._call(request)):
+            yield self._reply(request, model, answer)
 
     async def index(self, *, ready: bool = False) -> list[IndexRow]:
         """Every model of the repositories, a row for each version; with `ready` only READY ones."""
-        raise NotImplementedError
+        try:
+            await self._registry.refresh()
+        except ServeError as error:
+            logger.warning("the repositories could not be read: %s", error)
+        return [
+            IndexRow(
+                name=row.name,
+                version="" if row.version is None else str(row.version),
+                state="" if row.state is None else row.state,
+                reason=row.reason,
+            )
+            for row in self._registry.version_index()
+            if not ready or row.state is ModelState.READY
+        ]
 
     async def load(self, name: str, parameters: Mapping[str, str | bytes]) -> None:
         """Load or reload.
@@ -96,44 +185,188 @@ class InferenceService:
             ModelNotReady: ``explicit model load / unload is not allowed ...``.
             PermissionDenied: file override, which the operator has not allowed.
         """
-        raise NotImplementedError
+        self._check_control()
+        override = self._override(name, parameters)
+        try:
+            await self._registry.load(name, override, only_if_changed=True)
+        except ModelNotFound:
+            message = f"failed to load '{name[:160]}', failed to poll from model repository"
+            raise InvalidRequest(message, param="model") from None
+        except ModelNotReady:
+            raise InvalidRequest(self._load_failure(name), param="model") from None
 
     async def unload(self, name: str, *, unload_dependents: bool = False) -> None:
         """Unload, after the accepted requests. An unknown model is no error. Raises ModelNotReady as `load`."""
-        raise NotImplementedError
+        self._check_control()
+        try:
+            await self._registry.unload(name, unload_dependents=unload_dependents)
+        except ModelNotFound:
+            return
 
     def trace_settings(self, name: str = "") -> TraceSettings:
         """The global ones, or a model's. Raises ModelNotFound."""
-        raise NotImplementedError
+        self._check_known(name)
+        return self._trace.settings(name)
 
     def update_trace_settings(self, changes: Mapping[str, list[str] | None], name: str = "") -> TraceSettings:
         """Change some; ``None`` goes back to the global (or the initial) value.
 
         Raises:
             InvalidRequest: an unknown setting or a value out of range.
-            UnsupportedFeature: the trace file; or the operator does not allow changes.
+            UnsupportedFeature: the trace file.
+            PermissionDenied: the operator does not allow changes.
         """
-        raise NotImplementedError
+        self._check_known(name)
+        if changes:
+            self._check_updates()
+        return self._trace.update(changes, name)
 
     def log_settings(self) -> LogSettings:
-        raise NotImplementedError
+        """What is logged."""
+        return self._log.settings()
 
     def update_log_settings(self, changes: Mapping[str, Any]) -> LogSettings:
         """Change some. Values are checked here. Raises as `update_trace_settings`."""
-        raise NotImplementedError
+        if changes:
+            self._check_updates()
+        return self._log.update(changes)
 
     def shared_memory_status(self, name: str = "") -> list[RegionStatus]:
         """All system shared-memory regions, or one. Raises InvalidRequest where there is none of that name."""
-        raise NotImplementedError
+        return self._shared_memory.status(name)
 
     def register_shared_memory(self, name: str, *, key: str, offset: int, byte_size: int) -> None:
         """Raises UnsupportedFeature where the operator does not allow it, InvalidRequest where it cannot be."""
-        raise NotImplementedError
+        self._check_shared_memory()
+        self._shared_memory.register(name, key=key, offset=offset, byte_size=byte_size)
 
     def unregister_shared_memory(self, name: str = "") -> None:
         """One, or all. Requests that use it finish."""
-        raise NotImplementedError
+        self._shared_memory.unregister(name)
 
     def refuse_cuda_shared_memory(self) -> None:
         """Raises UnsupportedFeature, always: this server has no CUDA shared memory."""
-        raise NotImplementedError
+        raise UnsupportedFeature("CUDA shared memory is not supported by this server; use system shared memory")
+
+    def close(self) -> None:
+        """Let go of what clients registered."""
+        self._shared_memory.unregister()
+
+    def _call(self, request: WireRequest) -> InferCall:
+        inputs = [self._tensor(each) if isinstance(each, SharedInput) else each for each in request.inputs]
+        outputs = [each.name for each in request.outputs]
+        if not request.parameters:
+            return InferCall(inputs=inputs, outputs=outputs, id=request.id)
+        known = read_parameters(request.parameters)
+        return InferCall(
+            inputs=inputs,
+            outputs=outputs,
+            id=request.id,
+            priority=known.priority,
+            timeout_us=known.timeout_us,
+            sequence=known.sequence,
+            parameters=known.others,
+        )
+
+    def _tensor(self, shared: SharedInput) -> Tensor:
+        self._check_shared_memory()
+        data = self._shared_memory.read(shared.data.region, shared.data.offset, shared.data.size_bytes)
+        return codec.from_raw(data, name=shared.name, datatype=shared.datatype, shape=shared.shape)
+
+    def _reply(self, request: WireRequest, model: ServedModel, answer: InferAnswer) -> WireReply:
+        outputs: list[Tensor | SharedOutput] = list(answer.outputs)
+        if request.outputs and outputs:
+            wanted = {each.name: each for each in request.outputs}
+            outputs = [self._output(each, wanted[each.name], model) for each in answer.outputs]
+        return WireReply(
+            model_name=model.name,
+            model_version=str(model.version),
+            id=request.id,
+            outputs=outputs,
+            parameters=answer.parameters,
+            is_final=answer.is_final,
+        )
+
+    def _output(self, tensor: Tensor, wanted: WantedOutput, model: ServedModel) -> Tensor | SharedOutput:
+        if wanted.num_classes:
+            tensor = classify(
+                tensor,
+                wanted.num_classes,
+                model.labels(tensor.name),
+                is_batching=model.config.max_batch_size > 0,
+            )
+        if wanted.data is None:
+            return tensor
+        self._check_shared_memory()
+        data = codec.to_raw(tensor)
+        if len(data) > wanted.data.size_bytes:
+            raise InvalidRequest(
+                f"shared memory size specified with the request for output '{tensor.name}' ({wanted.data.size_bytes} "
+                f"bytes) should be at least {len(data)} bytes to hold the results",
+                param="outputs",
+            )
+        self._shared_memory.write(wanted.data.region, wanted.data.offset, data)
+        return SharedOutput(
+            name=tensor.name,
+            datatype=tensor.datatype,
+            shape=tensor.array.shape,
+            data=wanted.data,
+        )
+
+    def _override(self, name: str, parameters: Mapping[str, str | bytes]) -> ModelOverride | None:
+        files: dict[str, bytes] = {}
+        config: str | None = None
+        for key, value in parameters.items():
+            if key == "config" and isinstance(value, str):
+                config = value
+            elif key.startswith(_FILE_PREFIX) and isinstance(value, bytes):
+                files[key.removeprefix(_FILE_PREFIX)] = value
+            else:
+                kind = "string" if isinstance(value, str) else "bytes"
+                raise InvalidRequest(f"Unrecognized load parameter '{key[:160]}' with type '{kind}'", param=key[:160])
+        if files and not self._settings.allow_file_override:
+            raise PermissionDenied("the operator has not set allow_file_override")
+        if files and config is None:
+            raise InvalidRequest(
+                f"failed to load '{name[:160]}', failed to poll from model repository: files need a config beside them",
+                param="config",
+            )
+        return None if config is None else ModelOverride(config=config, files=files)
+
+    def _load_failure(self, name: str) -> str:
+        """As Triton tells it: the versions with their reasons."""
+        rows = [row for row in self._registry.version_index() if row.name == name and row.reason]
+        told = "".join(
+            f"version {row.version or 1} is at {ModelState.UNAVAILABLE} state: {row.reason};" for row in rows
+        )
+        return f"load failed for model '{name}': {told or 'the server is shutting down'}"
+
+    def _check_control(self) -> None:
+        if self._settings.model_control_mode != "explicit":
+            raise ModelNotReady("explicit model load / unload is not allowed if polling is enabled")
+
+    def _check_updates(self) -> None:
+        if not self._settings.allow_setting_updates:
+            raise PermissionDenied("the operator has not set allow_setting_updates")
+
+    def _check_shared_memory(self) -> None:
+        if not self._settings.allow_client_shm:
+            raise UnsupportedFeature(
+                "Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable."
+            )
+
+    def _check_known(self, name: str) -> None:
+        if name and not any(row.name == name for row in self._registry.version_index()):
+            raise ModelNotFound(f"Request for unknown model : {name[:160]}")
+
+
+def _version(model_name: str, text: str) -> int | None:
+    if not text:
+        return None
+    if not _VERSION.fullmatch(text) or int(text) < 1:
+        raise InvalidRequest(
+            f"failed to get model version from specified version string '{text[:40]}' for model '{model_name[:160]}': "
+            "it is a number from 1",
+            param="model_version",
+        )
+    return int(text)

@@ -16,6 +16,7 @@ from sardonyx.api.dependencies import Keeper, Models, ServerSettings
 from sardonyx.api.openai.schemas import ModelName, TokenId
 from sardonyx.api.openapi import answers, json_post
 from sardonyx.errors import ModelNotFound, ModelNotReady, PermissionDenied, UnsupportedFeature
+from sardonyx.serving.registry import TEXT_FAMILIES
 from sardonyx.settings import Settings
 
 
@@ -144,8 +145,8 @@ class InternalController(Controller):
 
     @get("/model/list", opt=ADMIN, responses=answers(ModelNames))
     async def list_models(self, models: Models) -> ModelNames:
-        """Every model of the repository, loaded or not."""
-        return ModelNames(model_names=[status.name for status in models.list()])
+        """Every language model of the repository, loaded or not."""
+        return ModelNames(model_names=[status.name for status in models.list() if status.family in TEXT_FAMILIES])
 
     @json_post("/model/load", LoadBody, str, opt=ADMIN)
     async def load_model(self, data: JSONBody[LoadBody], models: Models, settings: ServerSettings) -> Response[bytes]:

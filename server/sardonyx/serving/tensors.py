@@ -1,0 +1,342 @@
+"""A loaded version of a plain tensor model: calls in, one answer each.
+
+Floor 4. Everything but the instances' threads runs on the event loop that made the first call.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from sardonyx.errors import (
+    DeadlineExceeded,
+    EngineDead,
+    EngineError,
+    InvalidRequest,
+    ModelNotReady,
+    Overloaded,
+    RequestAborted,
+    ServeError,
+    UnsupportedFeature,
+)
+from sardonyx.serving.admission import Admission
+from sardonyx.serving.response_cache import ResponseCache
+from sardonyx.serving.served import InferAnswer, InferCall
+from sardonyx.serving.tensor_checks import BoundCall, TensorSignature
+from sardonyx.statistics import FailureReason, InferenceStatistics
+from sardonyx.tensors import SequenceControl, Tensor, TensorEvent, TensorMetadata, TensorRequest
+
+logger = logging.getLogger(__name__)
+
+
+class InstanceEngine(Protocol):
+    """What a tensor model asks of its instances. `engine.instances.InstanceLoop` is one."""
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    @property
+    def stalled_s(self) -> float: ...
+
+    def submit(self, request: TensorRequest) -> None:
+        """Raises Overloaded, InvalidRequest or EngineDead; no event follows then."""
+        ...
+
+    def abort(self, request_id: int) -> None: ...
+
+    def close(self) -> None:
+        """End everything, join the threads, free the session. Blocks for a run at most; idempotent."""
+        ...
+
+
+class TensorVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """What a version folder and a completed config say about a tensor model."""
+
+    name: str
+    version: int
+    config: ModelConfig
+    inputs: tuple[TensorMetadata, ...]
+    outputs: tuple[TensorMetadata, ...]
+    labels: dict[str, list[str]] = {}
+    created: int = 0
+    size_bytes: int = 0
+    is_decoupled: bool = False
+    is_stateful: bool = False
+    """Requests belong to sequences."""
+    correlation_datatype: str | None = None
+    """Of the control input that gets a sequence's id, where there is one."""
+
+
+class EventInbox:
+    """Brings the events of the instances' threads to the event loop: one call a batch."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._sink: Callable[[list[TensorEvent]], None] | None = None
+
+    def connect(self, sink: Callable[[list[TensorEvent]], None]) -> None:
+        """Once, before the first request."""
+        self._sink = sink
+
+    def open(self) -> asyncio.AbstractEventLoop:
+        """The running event loop; it gets the events."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        return self._loop
+
+    def deliver(self, events: list[TensorEvent]) -> None:
+        """Called in an instance's thread."""
+        if self._loop is None or self._sink is None:
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._sink, events)
+        except RuntimeError:
+            logger.debug("%d events came after the event loop was closed", len(events))
+
+
+class TensorModel:
+    """A `served.ServedModel`.
+
+    Args:
+        version: what was loaded.
+        engine: started; its `deliver` is the inbox's.
+        inbox: connected here.
+        statistics: of this version; they outlive it.
+        admission: shared by all tensor models; its tokens are bytes of inputs.
+        cache: ``None``: answers are not kept.
+        timeout_s: most time of a call.
+        on_close: called once, when the engine is closed.
+    """
+
+    def __init__(
+        self,
+        version: TensorVersion,
+        engine: InstanceEngine,
+        inbox: EventInbox,
+        statistics: InferenceStatistics,
+        *,
+        admission: Admission,
+        cache: ResponseCache | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        self.name = version.name
+        self.version = version.version
+        self.config = version.config
+        self.inputs = version.inputs
+        self.outputs = version.outputs
+        self.created = version.created
+        self.size_bytes = version.size_bytes
+        self.is_decoupled = version.is_decoupled
+        self.statistics = statistics
+        self._version = version
+        self._engine = engine
+        self._inbox = inbox
+        self._admission = admission
+        self._cache = cache
+        self._generation = cache.new_generation() if cache is not None else 0
+        self._timeout_s = timeout_s
+        self._signature = TensorSignature(version.name, version.inputs, version.outputs, version.config.max_batch_size)
+        self._datatypes = {each.name: each.datatype for each in version.outputs}
+        self._ids = itertools.count()
+        self._futures: dict[int, asyncio.Future[TensorEvent]] = {}
+        self._num_active = 0
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._is_draining = False
+        self._is_closed = False
+        inbox.connect(self._take)
+
+    @property
+    def num_active(self) -> int:
+        """Calls that were accepted and have not ended."""
+        return self._num_active
+
+    @property
+    def is_alive(self) -> bool:
+        """Its instances take requests."""
+        return self._engine.is_alive
+
+    @property
+    def stalled_s(self) -> float:
+        """For how long its instances have had work and finished none."""
+        return self._engine.stalled_s
+
+    def labels(self, output: str) -> list[str]:
+        """Class names of an output."""
+        return self._version.labels.get(output, [])
+
+    async def infer(self, call: InferCall) -> InferAnswer:
+        """See `served.ServedModel.infer`."""
+        if self.is_decoupled:
+            raise UnsupportedFeature("ModelInfer RPC doesn't support models with decoupled transaction policy")
+        return await self._infer(call)
+
+    async def stream(self, call: InferCall) -> AsyncIterator[InferAnswer]:
+        """See `served.ServedModel.stream`."""
+        yield await self._infer(call)
+
+    def stop_generation(self, request_id: str | None = None) -> int:
+        """Tensor models generate nothing."""
+        return 0
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more calls, and wait until the accepted ones have ended, so long at most."""
+        self._is_draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._is_idle.wait()
+        except TimeoutError:
+            return
+
+    async def close(self) -> None:
+        """End what is left with ModelNotReady, and free the session. Idempotent."""
+        self._is_draining = True
+        if self._is_closed:
+            return
+        self._is_closed = True
+        error = ModelNotReady(f"model '{self.name}' was unloaded before the request was finished")
+        self._take([TensorEvent(request_id=request_id, error=error) for request_id in list(self._futures)])
+        await asyncio.to_thread(self._engine.close)
+        if self._cache is not None:
+            self._cache.drop(self.name, self.version)
+
+    def discard(self) -> None:
+        """Free what was never put in place. Blocks."""
+        self._engine.close()
+
+    async def _infer(self, call: InferCall) -> InferAnswer:
+        started_ns = time.perf_counter_ns()
+        if self._is_draining:
+            raise ModelNotReady(
+                f"Server is stopping, scheduler for model '{self.name}' has stopped accepting new inference requests"
+            )
+        bound = self._signature.bind(call)
+        sequence = self._sequence(call.sequence) if self._version.is_stateful else None
+        key = None
+        if self._cache is not None:
+            key = self._cache.key(self.name, self.version, bound.inputs, bound.outputs, generation=self._generation)
+            if (outputs := self._cache.get(key)) is not None:
+                now_ns = time.perf_counter_ns()
+                self.statistics.observe_cache_hit(total_ns=now_ns - started_ns, lookup_ns=now_ns - started_ns)
+                return self._answer(outputs, bound.outputs)
+        try:
+            event = await self._run(call, bound, sequence)
+            if event.error is not None:
+                raise event.error
+        except ServeError as error:
+            self.statistics.observe_failure(_failure_reason(error), time.perf_counter_ns() - started_ns)
+            raise
+        except asyncio.CancelledError:
+            self.statistics.observe_failure("CANCELED", time.perf_counter_ns() - started_ns)
+            raise
+        ended_ns = time.perf_counter_ns()
+        self.statistics.observe_success(
+            total_ns=ended_ns - started_ns, queue_ns=event.queue_ns, times=event.times, batch_size=bound.batch_size
+        )
+        if key is not None and self._cache is not None:
+            self._cache.put(key, event.outputs)
+            self.statistics.cache_miss.add(time.perf_counter_ns() - ended_ns)
+        return self._answer(event.outputs, bound.outputs)
+
+    async def _run(self, call: InferCall, bound: BoundCall, sequence: SequenceControl | None) -> TensorEvent:
+        """Admit, submit, wait. Leaving early aborts."""
+        loop = self._inbox.open()
+        reservation = self._admission.reserve(1, bound.num_bytes)
+        request_id = next(self._ids)
+        future: asyncio.Future[TensorEvent] = loop.create_future()
+        self._futures[request_id] = future
+        self._begin()
+        timer = loop.call_later(self._timeout_s, self._expire, request_id)
+        try:
+            self._engine.submit(
+                TensorRequest(
+                    id=request_id,
+                    inputs=bound.inputs,
+                    outputs=bound.outputs,
+                    batch_size=bound.batch_size,
+                    batch_key=bound.batch_key,
+                    priority=call.priority,
+                    timeout_s=call.timeout_us / 1e6,
+                    sequence=sequence,
+                    arrival_s=time.monotonic(),
+                )
+            )
+            return await future
+        except asyncio.CancelledError:
+            self._engine.abort(request_id)
+            raise
+        finally:
+            timer.cancel()
+            self._futures.pop(request_id, None)
+            reservation.release(was_served=True)
+            self._end()
+
+    def _take(self, events: list[TensorEvent]) -> None:
+        """Ends of requests, on the event loop."""
+        for event in events:
+            if event.counts_execution:
+                self.statistics.observe_execution(event.executed_batch_size, event.times)
+            future = self._futures.get(event.request_id)
+            if future is not None and not future.done():
+                future.set_result(event)
+
+    def _expire(self, request_id: int) -> None:
+        self._engine.abort(request_id)
+        error = DeadlineExceeded("the request's time was over before its answer")
+        self._take([TensorEvent(request_id=request_id, error=error)])
+
+    def _sequence(self, control: SequenceControl | None) -> SequenceControl | None:
+        datatype = self._version.correlation_datatype
+        if control is not None and datatype is not None and isinstance(control.id, str) != (datatype == "BYTES"):
+            raise InvalidRequest(
+                f"sequence_id of model '{self.name}' must be {'a string' if datatype == 'BYTES' else 'a number'}",
+                param="sequence_id",
+            )
+        if control is not None and datatype is not None and isinstance(control.id, int):
+            limits = np.iinfo(datatype.lower())
+            if not limits.min <= control.id <= limits.max:
+                raise InvalidRequest(
+                    f"sequence_id {control.id} of model '{self.name}' does not fit {datatype}", param="sequence_id"
+                )
+        return control
+
+    def _answer(self, outputs: dict[str, npt.NDArray[Any]], wanted: tuple[str, ...]) -> InferAnswer:
+        return InferAnswer(outputs=[self._tensor(name, outputs[name]) for name in wanted])
+
+    def _tensor(self, name: str, array: npt.NDArray[Any]) -> Tensor:
+        datatype = self._datatypes[name]
+        if datatype == "BYTES":
+            encoded = np.empty(array.shape, object)
+            flat = encoded.reshape(-1)
+            for index, value in enumerate(array.reshape(-1)):
+                flat[index] = value.encode()
+            array = encoded
+        return Tensor(name, datatype, array)
+
+    def _begin(self) -> None:
+        self._num_active += 1
+        self.statistics.num_pending += 1
+        self._is_idle.clear()
+
+    def _end(self) -> None:
+        self._num_active -= 1
+        self.statistics.num_pending -= 1
+        if not self._num_active:
+            self._is_idle.set()
+
+
+def _failure_reason(error: ServeError) -> FailureReason:
+    if isinstance(error, Overloaded | ModelNotReady):
+        return "REJECTED"
+    if isinstance(error, RequestAborted | DeadlineExceeded):
+        return "CANCELED"
+    if isinstance(error, EngineError | EngineDead):
+        return "BACKEND"
+    return "OTHER"
