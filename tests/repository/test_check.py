@@ -112,3 +112,31 @@ def test_plain_model_needs_only_its_graph(tmp_path):
     (tmp_path / "repository/plain/1").mkdir(parents=True)
     (tmp_path / "repository/plain/1/model.onnx").write_bytes(b"")
     assert check_repository(Repository(tmp_path / "repository").root) == []
+
+
+ENSEMBLE = """
+platform: "ensemble"
+input { name: "x" data_type: TYPE_FP32 dims: 4 }
+output { name: "y" data_type: TYPE_FP32 dims: 4 }
+ensemble_scheduling { step { model_name: "a" input_map { key: "i" value: "x" } output_map { key: "o" value: "NAME" } } }
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "has_graph", "expected"),
+    [
+        ("", True, []),
+        ("instance_group { passive: true }", True, ["m: m/config.pbtxt: instance_group[0].passive: is not offered: "]),
+        (ENSEMBLE.replace("NAME", "y"), False, []),
+        (ENSEMBLE.replace("NAME", "z"), False, ["m: m/config.pbtxt: output: ensemble output 'y' for ensemble m' is"]),
+    ],
+)
+def test_config_of_a_tensor_model_or_an_ensemble_is_checked(repository, config, has_graph, expected):
+    version = repository.root / "m" / "1"
+    version.mkdir(parents=True)
+    (version.parent / "config.pbtxt").write_text(config)
+    if has_graph:
+        (version / "model.onnx").write_bytes(b"graph")
+    found = messages(repository.root)
+    assert len(found) == len(expected)
+    assert all(message.startswith(start) for message, start in zip(found, expected, strict=True))

@@ -1,13 +1,14 @@
+import json
 import re
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 import pytest
-from google.protobuf import text_format
+from google.protobuf import json_format, text_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelInstanceGroup, ModelQueuePolicy
 
 from sardonyx.errors import ConfigError
 from sardonyx.repository.config import (
@@ -17,6 +18,7 @@ from sardonyx.repository.config import (
     language_model_options,
     load_config,
     parse_config,
+    parse_override,
 )
 
 GOOD = b"""
@@ -220,3 +222,127 @@ def test_every_parameter_has_its_row_in_the_readme():
     text = (Path(__file__).parents[2] / "model_repository/README.md").read_text()
     names = [field.name for field in msgspec.structs.fields(LanguageModelOptions)]
     assert re.findall(r"^\| `(\w+)` \|", text.partition("Parameters of")[2].partition("##")[0], re.MULTILINE) == names
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"max_batch_size": "16", "backend": "onnxruntime"}',
+        '{"maxBatchSize": 16, "backend": "onnxruntime", "name": "tiny"}',
+    ],
+)
+def test_override_takes_numbers_as_strings_and_names_in_both_cases(text):
+    expected = ModelConfig(name="tiny", max_batch_size=16, backend="onnxruntime")
+    assert parse_override(text, name="tiny") == expected
+    assert parse_override(text.encode(), name="tiny") == expected
+
+
+def test_override_takes_enums_in_any_case():
+    text = """
+    {
+        "input": [{"name": "x", "data_type": "type_fp32", "dims": ["-1", 4], "format": 0}],
+        "instance_group": [{"kind": "Kind_CPU"}],
+        "dynamic_batching": {"priority_queue_policy": {"1": {"timeout_action": "delay"}}},
+        "version_policy": {"all": {}},
+        "parameters": {"a": {"string_value": "type_fp32"}}
+    }
+    """
+    config = parse_override(text, name="m")
+    assert config.input[0] == ModelInput(name="x", data_type="TYPE_FP32", dims=[-1, 4])
+    assert config.instance_group[0].kind == ModelInstanceGroup.KIND_CPU
+    assert config.dynamic_batching.priority_queue_policy[1].timeout_action == ModelQueuePolicy.DELAY
+    assert config.parameters["a"].string_value == "type_fp32"
+    assert choose_versions(config, [1, 2]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"foo": 1}', 'config: foo: Message type "inference.ModelConfig" has no field named "foo"'),
+        ('{"input": [{"foo": 1}]}', 'config: input: Message type "inference.ModelInput" has no field named "foo"'),
+        ('{"max_batch_size": "x"}', "config: max_batch_size: invalid literal for int() with base 10: 'x'"),
+        ('{"max_batch_size": 99999999999}', "config: max_batch_size: Value out of range: 99999999999"),
+        ('{"input": [{"data_type": "type_zz"}]}', "config: input.data_type: Invalid enum value TYPE_ZZ"),
+        ('{"dynamic_batching": []}', "config: dynamic_batching: expected an object"),
+        ('{"dynamic_batching": 1}', "config: dynamic_batching: expected an object"),
+        ('{"input": {}}', "config: input: repeated field input must be in []"),
+        ('{"parameters": {"a": 1}}', "config: value: expected an object"),
+        ('{"dynamic_batching": {}, "sequence_batching": {}}', "config: scheduling_choice: Message type"),
+        ("[]", "config: is not a JSON object"),
+        ("", "config: is not JSON: Expecting value at character 0"),
+        ('{"max_batch_size": 1,}', "config: is not JSON: "),
+        ('{"max_batch_size": 1, "max_batch_size": 2}', "config: names a key twice in one object"),
+        ('{"max_batch_size": NaN}', "config: NaN is not JSON"),
+        ('{"a":' * 100_000, "config: is nested too deep"),
+        (b'{"name": "\xff"}', "config: is not UTF-8"),
+        (" " * (MAX_BYTES + 1), "config: is larger than 1,048,576 bytes"),
+        ('{"name": "other"}', "config: name: is 'other', but the folder is 'm'"),
+        ('{"platform": "tensorrt_plan"}', "config: platform: is 'tensorrt_plan'"),
+        ('{"version_policy": {"latest": {}}}', "config: version_policy.latest.num_versions: is 0"),
+    ],
+)
+def test_wrong_override_is_refused(text, message):
+    with pytest.raises(ConfigError) as caught:
+        parse_override(text, name="m")
+    assert str(caught.value).startswith(message)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**65), 2**65) | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["name", "input", "dims", "kind", "instance_group", "parameters", "dynamic_batching"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(JSON.map(json.dumps) | st.text(max_size=40) | st.binary(max_size=40))
+def test_any_override_parses_or_raises_config_error(text):
+    with suppress(ConfigError):
+        parse_override(text, name="m")
+
+
+@given(CONFIGS)
+def test_override_says_what_the_file_says(config):
+    config.name = "tiny"
+    text = json_format.MessageToJson(config)
+    assert parse_override(text, name="tiny") == config
+
+
+def test_ensemble_needs_no_backend():
+    assert parse_config(b'platform: "ensemble"', name="m").platform == "ensemble"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            'platform: "ensemble" backend: "onnxruntime"',
+            "c.pbtxt: backend: Ensemble model 'm' must have platform type 'ensemble' and empty backend type",
+        ),
+        (
+            'platform: "tensorrt_plan" backend: "onnxruntime"',
+            "c.pbtxt: platform: unexpected 'platform' and 'backend' pair, got:tensorrt_plan, onnxruntime",
+        ),
+        (
+            'platform: "onnxruntime_onnx" backend: "python"',
+            "c.pbtxt: backend: unexpected 'platform' and 'backend' pair, got:onnxruntime_onnx, python",
+        ),
+        ('default_model_filename: ".."', "c.pbtxt: default_model_filename: is not a plain file name"),
+        (r'default_model_filename: "a\\b"', "c.pbtxt: default_model_filename: is not a plain file name"),
+    ],
+)
+def test_platform_and_file_that_no_family_has_are_refused(text, message):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text.encode(), name="m", file="c.pbtxt")
+    assert str(caught.value) == message
+
+
+def test_language_model_is_no_ensemble():
+    with pytest.raises(ConfigError, match="platform: has no meaning for a language model"):
+        language_model_options(parse_config(b'platform: "ensemble"', name="m"))

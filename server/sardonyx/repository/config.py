@@ -239,7 +239,7 @@ def _upper_enums(values: dict[str, Any], descriptor: Any) -> dict[str, Any]:  # 
 
 
 def _upper_value(value: Any, field: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list) and (field is None or field.is_repeated):
         return [_upper_value(each, field) for each in value]
     if field is None:
         return value

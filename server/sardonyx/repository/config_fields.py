@@ -81,7 +81,9 @@ REFUSED = {
 }
 """What is known and not offered, with the reason that an operator reads."""
 
-_CONTAINERS = frozenset(path[:end] for path in HONOURED for end, char in enumerate(path) if char == ".")
+_CONTAINERS = frozenset(
+    path[:end] for path in HONOURED | REFUSED.keys() for end, char in enumerate(path) if char == "."
+)
 
 
 def refuse_fields(config: ModelConfig, *, file: str = FILE_NAME) -> None:
