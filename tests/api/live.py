@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 from litestar.testing import TestClient
-from tests.serving.fakes import Script, Served
+from tests.serving.fakes import Script, Served, loaded
 
 from sardonyx.api.front import Front
 from sardonyx.api.server import DrainingServer, bind
@@ -20,7 +20,7 @@ from sardonyx.app import create_app
 from sardonyx.metrics import Metrics
 from sardonyx.repository.index import IndexEntry
 from sardonyx.serving.registry import Registry
-from sardonyx.serving.text import TextModel
+from sardonyx.serving.served import LoadedModel, ModelOverride
 from sardonyx.settings import Settings
 
 BASE_URL = "http://127.0.0.1:8000"
@@ -42,13 +42,13 @@ class ScriptSource:
     def index(self) -> list[IndexEntry]:
         return [IndexEntry(name=name, versions=[1], family="llm") for name in self.names]
 
-    def load(self, name: str) -> TextModel:
+    def load(self, name: str, override: ModelOverride | None = None) -> LoadedModel:
         if self.error is not None:
             raise self.error
         served = Served(self._folder, self._script, **self.options)
         served.model.name = name
         self.served[name] = served
-        return served.model
+        return loaded(served.model)
 
     def close(self) -> None:
         for served in self.served.values():
@@ -83,7 +83,7 @@ class Api:
 @contextmanager
 def application(source: ScriptSource, *, is_loaded: bool = True, **settings: Any) -> Iterator[Api]:
     """Serve the source's models; with every one of them loaded, unless told otherwise."""
-    values = Settings(**settings)
+    values = Settings(**{"allow_grpc": False} | settings)
     registry = Registry(source, default_model=values.default_model, aliases=values.aliases)
     app = create_app(values, registry, Metrics("test"))
     with TestClient(app, base_url=BASE_URL) as client:
@@ -149,7 +149,7 @@ class Listener:
 @contextmanager
 def listening(source: ScriptSource, **settings: Any) -> Iterator[Listener]:
     """Serve the source's models on a free port, as `app.run` does, until the block is left."""
-    values = Settings(**settings)
+    values = Settings(**{"allow_grpc": False} | settings)
     registry = Registry(source, default_model=values.default_model, aliases=values.aliases)
     app = create_app(values, registry, Metrics("test"))
     front = app.asgi_handler

@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-_LISTENING = re.compile(r"listening on [\d.]+:(\d+)")
+_LISTENING = re.compile(r"listening on [\d.]+:(\d+),")
+_GRPC_LISTENING = re.compile(r"listening on [\d.]+:(\d+) for gRPC")
 
 
 class ServerProcess:
@@ -25,6 +26,7 @@ class ServerProcess:
         self.process = process
         self._log = log
         self.port = 0
+        self.grpc_port = 0
 
     @property
     def url(self) -> str:
@@ -45,6 +47,8 @@ class ServerProcess:
         match = self.wait_for(lambda: self._alive() and _LISTENING.search(self.log()))
         self.port = int(match[1])
         self.wait_for(lambda: self._alive() and self.request("GET", "/ready")[0] == 200)
+        if match := _GRPC_LISTENING.search(self.log()):
+            self.grpc_port = int(match[1])
 
     def _alive(self) -> bool:
         assert self.process.poll() is None, f"the server ended; log:\n{self.log()[-4000:]}"
@@ -89,7 +93,7 @@ def serve(
 ) -> Iterator[ServerProcess]:
     """Start a server on a free port, wait until it is ready, and end it."""
     words = [*(command or [sys.executable, "-m", "sardonyx"]), "serve", str(repository)]
-    words += ["--port", "0", "--num-threads", "1", *flags]
+    words += ["--port", "0", "--grpc-port", "0", "--num-threads", "1", *flags]
     with log.open("wb") as output:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
         process = subprocess.Popen(words, stdout=output, stderr=output, env=environment, cwd=log.parent)

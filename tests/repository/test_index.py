@@ -1,11 +1,15 @@
-from sardonyx.repository.index import IndexEntry, index
+import msgspec
+
+from sardonyx.repository.index import IndexEntry, index, merge
 
 
 def test_models_are_described_by_their_newest_served_version(repository, publish):
     publish("tiny")
     folder = publish("tiny")
     size = sum(path.stat().st_size for path in folder.iterdir())
-    assert index(repository) == [
+    (entry,) = index(repository)
+    assert entry.fingerprint
+    assert [msgspec.structs.replace(entry, fingerprint="")] == [
         IndexEntry(
             name="tiny",
             versions=[2],
@@ -39,3 +43,31 @@ def test_plain_model_is_of_the_family_tensors(repository, publish):
     (folder / "manifest.json").unlink()
     (entry,) = index(repository)
     assert (entry.family, entry.precision, entry.reason) == ("tensors", "", "")
+
+
+def test_fingerprint_changes_with_any_file_of_the_model(repository, publish):
+    folder = publish("tiny")
+
+    def fingerprint():
+        return index(repository)[0].fingerprint
+
+    seen = [fingerprint(), fingerprint()]
+    assert seen[0] == seen[1]
+    (folder / "tokenizer.json").write_bytes(b"{} ")
+    seen.append(fingerprint())
+    (folder.parent / "config.pbtxt").write_text("# edited")
+    seen.append(fingerprint())
+    (folder.parent / "labels.txt").write_text("a")
+    seen.append(fingerprint())
+    publish("tiny")
+    seen.append(fingerprint())
+    assert len(set(seen)) == 5
+
+
+def test_a_name_in_two_repositories_is_served_from_neither():
+    first, second = IndexEntry(name="a", versions=[1], fingerprint="1"), IndexEntry(name="a", versions=[2])
+    other = IndexEntry(name="b", versions=[1])
+    merged = merge([[first], [other, second]])
+    assert [entry.name for entry in merged] == ["a", "b"]
+    assert merged[0].reason == "model appears in two or more repositories"
+    assert merged[1] == other

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
 from sardonyx.core import Batch, RunnerLimits, Sequence, StepOutput, TokenLogprobs
 from sardonyx.engine.continuous import ContinuousOptions, ContinuousPolicy
 from sardonyx.engine.loop import StepLoop
@@ -17,7 +19,10 @@ from sardonyx.repository import layout
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.dispatch import EventDispatch
 from sardonyx.serving.pool import WorkerPool
+from sardonyx.serving.served import LoadedModel
 from sardonyx.serving.text import TextLimits, TextModel, TextVersion
+from sardonyx.serving.text_tensors import TextTensorModel
+from sardonyx.statistics import InferenceStatistics
 
 Script = Callable[[Sequence], int]
 """The next token of a sequence."""
@@ -175,6 +180,13 @@ class Served:
         stats = self.engine.stats()
         assert stats.num_running == 0
         assert stats.num_waiting == 0
+
+
+def loaded(model: TextModel) -> LoadedModel:
+    """A text model as a loader gives it to the registry."""
+    statistics = InferenceStatistics(model.name, model.version)
+    served = TextTensorModel(model, ModelConfig(name=model.name), statistics)
+    return LoadedModel(versions={model.version: served})
 
 
 @asynccontextmanager

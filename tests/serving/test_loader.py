@@ -13,10 +13,11 @@ from sardonyx.core import FinishReason, SamplingParams
 from sardonyx.errors import ConfigError
 from sardonyx.metrics import Metrics
 from sardonyx.repository.layout import Repository
-from sardonyx.serving.loader import TextLoader, build_registry
+from sardonyx.serving.loader import ModelLoader, build_registry
 from sardonyx.serving.memory import KvBudget
 from sardonyx.serving.registry import Registry
 from sardonyx.serving.text import GenerationOptions, TextModel
+from sardonyx.serving.text_tensors import TextTensorModel
 from sardonyx.settings import Settings
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -29,8 +30,14 @@ def settings(root: Path, **options: object) -> Settings:
     return Settings(**(defaults | options))  # type: ignore[arg-type]
 
 
-def make_loader(root: Path, metrics: Metrics, budget_bytes: int = 1 << 30) -> TextLoader:
-    return TextLoader(Repository(root), settings(root), metrics, KvBudget(budget_bytes))
+def make_loader(root: Path, metrics: Metrics, budget_bytes: int = 1 << 30) -> ModelLoader:
+    return ModelLoader([Repository(root)], settings(root), metrics, KvBudget(budget_bytes))
+
+
+def load_text(loader: ModelLoader, name: str) -> TextModel:
+    model = loader.load(name).newest
+    assert isinstance(model, TextTensorModel)
+    return model.text
 
 
 def run_registry(root: Path, test: Callable[[Registry], Awaitable[None]], **options: object) -> Metrics:
@@ -154,7 +161,7 @@ def test_slots_are_as_many_as_the_budget_holds_and_the_log_says_so(
     async def test() -> None:
         metrics = Metrics("test")
         loader = make_loader(tmp_path, metrics, budget_bytes=3 * SLOT_BYTES + 5)
-        model = await asyncio.to_thread(loader.load, "tiny")
+        model = await asyncio.to_thread(load_text, loader, "tiny")
         assert num_slots(metrics) == 3
         texts = await asyncio.gather(*(complete(model, prompt) for prompt in ("the", "cat", "was", "not", "this")))
         assert all(texts)
@@ -173,14 +180,14 @@ def test_a_closed_model_gives_its_memory_back(tmp_path: Path) -> None:
     async def test() -> None:
         metrics = Metrics("test")
         loader = make_loader(tmp_path, metrics, budget_bytes=4 * SLOT_BYTES)
-        first = await asyncio.to_thread(loader.load, "a")
+        first = await asyncio.to_thread(load_text, loader, "a")
         with pytest.raises(ConfigError, match=r"one sequence of 256 tokens needs .* lower max_model_len"):
             await asyncio.to_thread(loader.load, "b")
-        again = await asyncio.to_thread(loader.load, "a")
+        again = await asyncio.to_thread(load_text, loader, "a")
         assert num_slots(metrics, "a") == 4
         await first.close()
         await again.close()
-        await (await asyncio.to_thread(loader.load, "b")).close()
+        await (await asyncio.to_thread(load_text, loader, "b")).close()
         loader.close()
 
     asyncio.run(test())
@@ -192,7 +199,7 @@ def test_parameters_of_the_model_win(tmp_path: Path) -> None:
     async def test() -> None:
         metrics = Metrics("test")
         loader = make_loader(tmp_path, metrics, budget_bytes=0)  # kv_cache_bytes needs no budget
-        model = await asyncio.to_thread(loader.load, "tiny")
+        model = await asyncio.to_thread(load_text, loader, "tiny")
         assert (model.max_model_len, num_slots(metrics)) == (100, 2)
         await model.close()
         loader.close()
@@ -206,7 +213,7 @@ def test_an_added_version_is_served_after_a_reload(tmp_path: Path) -> None:
     async def test(registry: Registry) -> None:
         assert registry.resolve(None).version == 1
         make_language_model(tmp_path / "other", "tiny", version=2).rename(tmp_path / "tiny" / "2")
-        assert (await registry.load("tiny")).version == 2
+        assert list((await registry.load("tiny")).versions) == [2]
         (status,) = registry.list()
         assert (status.version, status.state, status.max_model_len) == (2, "READY", 256)
         assert status.created > 0
@@ -221,7 +228,7 @@ def test_an_added_version_is_served_after_a_reload(tmp_path: Path) -> None:
     [
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json.*missing"),
         (lambda folder: (folder / "model.onnx.data").write_bytes(b""), "model.onnx.data.*has 0 bytes"),
-        (lambda folder: (folder / "manifest.json").unlink(), "no language model"),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), "manifest.json.*missing required field"),
         (lambda folder: (folder.parent / "config.pbtxt").write_text("parameters { key: 'x' }"), "not a parameter"),
     ],
 )

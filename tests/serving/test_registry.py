@@ -5,13 +5,15 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from tests.serving.fakes import Served, spell, until
+from tests.serving.fakes import Served, loaded, spell, until
 
 from sardonyx.core import FinishReason
 from sardonyx.errors import ConfigError, ModelNotFound, ModelNotReady, ServeError
 from sardonyx.repository.index import IndexEntry
 from sardonyx.serving.registry import ModelState, Registry
+from sardonyx.serving.served import LoadedModel, ModelOverride
 from sardonyx.serving.text import GenerationOptions, TextModel
+from sardonyx.serving.text_tensors import TextTensorModel
 
 LETTERS = spell(list(range(69, 95)))
 
@@ -34,7 +36,7 @@ class Shelf:
     def index(self) -> list[IndexEntry]:
         return list(self.facts.values())
 
-    def load(self, name: str) -> TextModel:
+    def load(self, name: str, override: ModelOverride | None = None) -> LoadedModel:
         self.num_at_once += 1
         self.most_at_once = max(self.most_at_once, self.num_at_once)
         try:
@@ -43,7 +45,7 @@ class Shelf:
                 raise self.errors[name]
             served = Served(self.folder, LETTERS, name=name, version=len(self.served) + 1)
             self.served.append(served)
-            return served.model
+            return loaded(served.model)
         finally:
             self.num_at_once -= 1
 
@@ -56,6 +58,11 @@ class Shelf:
             assert served.runner.is_closed
             served.assert_idle()
             served.pool.close()
+
+
+def text_of(model: LoadedModel) -> TextModel:
+    assert isinstance(model.newest, TextTensorModel)
+    return model.newest.text
 
 
 def run(shelf: Shelf, test: Callable[[Registry], Awaitable[None]], *, start: bool = True, **options: object) -> None:
@@ -86,15 +93,15 @@ def states(registry: Registry) -> dict[str, str]:
     return {status.name: status.state for status in registry.list()}
 
 
-def test_every_language_model_is_loaded_at_start(folder: Path) -> None:
+def test_every_model_of_a_known_family_is_loaded_at_start(folder: Path) -> None:
     shelf = Shelf(folder, "b", "a")
-    shelf.facts["plain"] = IndexEntry(name="plain", versions=[1], family="tensors")
+    shelf.facts["pictures"] = IndexEntry(name="pictures", versions=[1], family="diffusion")
 
     async def test(registry: Registry) -> None:
-        assert states(registry) == {"a": "READY", "b": "READY", "plain": "UNAVAILABLE"}
+        assert states(registry) == {"a": "READY", "b": "READY", "pictures": "UNAVAILABLE"}
         assert registry.resolve("b").name == "b"
-        with pytest.raises(ModelNotReady, match="plain is unavailable: no language model: its family is tensors"):
-            registry.resolve("plain")
+        with pytest.raises(ModelNotReady, match="pictures is unavailable: models of the family diffusion"):
+            registry.resolve("pictures")
         assert registry.is_ready()
 
     run(shelf, test)
@@ -184,7 +191,7 @@ def test_a_reload_replaces_the_model_and_the_old_one_finishes_what_it_has(folder
         old = registry.resolve("a")
         shelf.served[0].runner.gate.clear()
         generation = await old.start(["x"], GenerationOptions(max_tokens=5), request_id="r")
-        new = await registry.load("a")
+        new = text_of(await registry.load("a"))
         assert registry.resolve("a") is new is not old
         assert registry.stop_generation("nobody") == 0
         shelf.served[0].runner.gate.set()
@@ -260,7 +267,7 @@ def test_a_load_goes_on_when_its_caller_leaves(folder: Path) -> None:
         first.cancel()
         await asyncio.sleep(0)
         shelf.gate.set()
-        assert await second is registry.resolve("a")
+        assert text_of(await second) is registry.resolve("a")
         assert len(shelf.served) == 2  # who asked meanwhile got the same load
 
     run(shelf, test)
@@ -273,7 +280,7 @@ def test_a_model_that_comes_later_can_be_loaded_and_one_that_goes_is_forgotten(f
         with pytest.raises(ModelNotFound):
             await registry.load("b")
         shelf.facts["b"] = IndexEntry(name="b", versions=[3], family="llm")
-        assert (await registry.load("b")).name == "b"
+        assert text_of(await registry.load("b")).name == "b"
         del shelf.facts["a"], shelf.facts["b"]
         await registry.unload("b")
         await registry.refresh()
@@ -302,7 +309,7 @@ def test_readiness_needs_engines_that_live_and_move(folder: Path, error: Excepti
             with pytest.raises(ServeError):
                 await generation.collect()
             assert registry.unready_reasons() == ["the engine of model a stopped"]
-            assert (await registry.load("a")).is_alive
+            assert text_of(await registry.load("a")).is_alive
             assert registry.is_ready()
         served.later_s = 0.0
         generation.abort()

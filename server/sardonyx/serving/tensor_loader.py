@@ -17,6 +17,7 @@ from sardonyx.engine.sequences import SequenceOptions, SequencePolicy
 from sardonyx.errors import ConfigError
 from sardonyx.metrics import Metrics
 from sardonyx.repository import dynamic_batching
+from sardonyx.repository.accelerators import GPU_PROVIDERS, PATH_OPTIONS
 from sardonyx.repository.autocomplete import GraphTensor, check_graph, complete_config
 from sardonyx.repository.layout import ModelEntry
 from sardonyx.repository.tensor_config import TensorConfig, TensorSpec, read_placement, read_tensor_config
@@ -72,7 +73,7 @@ class TensorLoader:
         path = _graph_path(entry, version, defaults.default_model_filename)
         started_s = time.monotonic()
         with ExitStack() as undo:
-            opened = _open_sessions(path, entry.name, placement)
+            opened = _open_sessions(path, entry.path, placement)
             for session in set(opened):
                 undo.callback(session.close)
             config, tensors = self._complete(entry.config, opened[0], file)
@@ -142,24 +143,24 @@ def _graph_path(entry: ModelEntry, version: int, file_name: str) -> Path:
     return path
 
 
-def _open_sessions(path: Path, model_name: str, placement: TensorConfig) -> list[Session]:
-    """The session of each instance: one for all on the CPU, one for each card.
+def _open_sessions(path: Path, folder: Path, placement: TensorConfig) -> list[Session]:
+    """The session of each instance: one for all on the CPU, one for each card. `folder` is the model's.
 
     ONNX Runtime lets several threads run one session at once; Triton's backend opens one an instance all the same.
     """
     opened: dict[int | None, Session] = {}
     for instance in placement.instances:
         if instance.gpu not in opened:
-            config = _session_config(placement, instance.gpu)
-            opened[instance.gpu] = open_session(path, model_name=model_name, config=config)
+            config = _session_config(placement, instance.gpu, folder)
+            opened[instance.gpu] = open_session(path, model_name=placement.name, config=config)
     return [opened[instance.gpu] for instance in placement.instances]
 
 
-def _session_config(placement: TensorConfig, gpu: int | None) -> SessionConfig:
+def _session_config(placement: TensorConfig, gpu: int | None, folder: Path) -> SessionConfig:
     parameters = placement.session
     given = SessionConfig()
     return SessionConfig(
-        providers=tuple(_providers(placement, gpu)),
+        providers=tuple(_providers(placement, gpu, folder)),
         num_threads=parameters.num_intra_op_threads,
         num_parallel_threads=parameters.num_inter_op_threads,
         is_parallel=parameters.is_parallel,
@@ -173,14 +174,17 @@ def _session_config(placement: TensorConfig, gpu: int | None) -> SessionConfig:
     )
 
 
-def _providers(placement: TensorConfig, gpu: int | None) -> list[ExecutionProvider]:
+def _providers(placement: TensorConfig, gpu: int | None, folder: Path) -> list[ExecutionProvider]:
     chosen = []
     for choice in placement.providers:
-        on_gpu = choice.name in {"tensorrt", "cuda"}
+        on_gpu = choice.name in GPU_PROVIDERS
         if on_gpu and gpu is None:
             continue
-        options = {**choice.options, "device_id": str(gpu)} if on_gpu else choice.options
-        chosen.append(execution_provider(choice.name, options))
+        # Otherwise ONNX Runtime would take relative paths from the working directory.
+        options = {
+            key: str(folder / value) if key in PATH_OPTIONS else value for key, value in choice.options.items()
+        }
+        chosen.append(execution_provider(choice.name, {**options, "device_id": str(gpu)} if on_gpu else options))
     if not any(each.name == "cpu" for each in chosen):
         chosen.append(execution_provider("cpu"))
     return chosen

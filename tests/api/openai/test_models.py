@@ -33,10 +33,10 @@ def test_a_model_that_cannot_be_used_is_not_listed(make_source):
     source = make_source("a", "b")
     load = source.load
 
-    def load_but_b(name):
+    def load_but_b(name, override=None):
         if name == "b":
             raise ConfigError("is broken", file="model.onnx")
-        return load(name)
+        return load(name, override)
 
     source.load = load_but_b
     with application(source, is_loaded=False) as api:
