@@ -7,7 +7,7 @@ Floor 5. Default deny: `Gatekeeper.guard` stands before every route of the appli
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from litestar.connection import ASGIConnection
@@ -56,15 +56,25 @@ class Gatekeeper:
             Unauthenticated: no key, or one that we do not know.
             PermissionDenied: an API key on an admin route; a foreign page on an open server.
         """
-        access = handler.opt.get("access")
+        self.check(connection.headers, handler.opt.get("access") or "")
+
+    def check(self, headers: Mapping[str, str], access: str) -> None:
+        """What `guard` asks, for HTTP handlers that are no Litestar routes.
+
+        Args:
+            headers: of the request, by lower-case name.
+            access: as for `check_key`.
+
+        Raises:
+            Unauthenticated: as `guard`.
+            PermissionDenied: as `guard`.
+        """
         if access == "public":
             return
         if not self._api:
-            self._refuse_foreign_pages(connection)
-        if access == "admin":
-            self.require_admin(connection)
-        elif self._api:
-            self._is_admin(connection)
+            self._refuse_foreign_pages(headers)
+        if self._api or self._admin:
+            self.check_key(_presented_key(headers), access)
 
     def require_admin(self, connection: ASGIConnection[Any, Any, Any, Any]) -> None:
         """For handlers where only some requests are an admin's.
@@ -73,12 +83,29 @@ class Gatekeeper:
             Unauthenticated: as `guard`.
             PermissionDenied: a good key, but not an admin's.
         """
-        if (self._api or self._admin) and not self._is_admin(connection):
-            raise PermissionDenied("this needs an admin key")
+        self.check_key(_presented_key(connection.headers), "admin")
 
-    def _is_admin(self, connection: ASGIConnection[Any, Any, Any, Any]) -> bool:
+    def check_key(self, presented: bytes, access: str = "") -> None:
+        """What `guard` asks of a key, for callers that are no ASGI connection.
+
+        Where there are no keys nothing is asked, and where a caller comes from is not looked at.
+
+        Args:
+            presented: the key; empty where there is none.
+            access: ``public``, ``admin``, or empty for everything else.
+
+        Raises:
+            Unauthenticated: as `guard`.
+            PermissionDenied: a good key, but not an admin's.
+        """
+        if access == "admin":
+            if (self._api or self._admin) and not self._is_admin(presented):
+                raise PermissionDenied("this needs an admin key")
+        elif access != "public" and self._api:
+            self._is_admin(presented)
+
+    def _is_admin(self, presented: bytes) -> bool:
         """What the presented key is good for: it is good for something, or this raises `Unauthenticated`."""
-        presented = _presented_key(connection)
         if not presented:
             raise Unauthenticated("no API key came with the request: send Authorization: Bearer <key>")
         digest = _digest(presented)
@@ -87,23 +114,23 @@ class Gatekeeper:
             raise Unauthenticated("the API key is not valid here")
         return is_admin or not self._admin
 
-    def _refuse_foreign_pages(self, connection: ASGIConnection[Any, Any, Any, Any]) -> None:
-        host = connection.headers.get("host", "")
+    def _refuse_foreign_pages(self, headers: Mapping[str, str]) -> None:
+        host = headers.get("host", "")
         if self._local_hosts and _PORT.sub("", host).lower() not in self._local_hosts:
             raise PermissionDenied(
                 "without API keys the server answers under its own address only, not to this Host header; "
                 "the operator may set keys, or allow_unauthenticated"
             )
-        origin = connection.headers.get("origin")
+        origin = headers.get("origin")
         if origin and origin.partition("://")[2] != host and not self._origins & {"*", origin}:
             raise PermissionDenied("the page that sent this is not among cors_origins", code="origin_not_allowed")
 
 
-def _presented_key(connection: ASGIConnection[Any, Any, Any, Any]) -> bytes:
+def _presented_key(headers: Mapping[str, str]) -> bytes:
     """From ``Authorization: Bearer``, ``X-Api-Key`` (Anthropic) or ``api-key`` (Azure); empty where there is none."""
-    scheme, _, key = connection.headers.get("authorization", "").partition(" ")
+    scheme, _, key = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
-        key = connection.headers.get("x-api-key") or connection.headers.get("api-key") or ""
+        key = headers.get("x-api-key") or headers.get("api-key") or ""
     return key.strip().encode("latin-1", "replace")
 
 
