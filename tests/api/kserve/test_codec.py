@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -24,6 +24,7 @@ def values_of(datatype):
 
 
 @pytest.mark.parametrize("datatype", sorted(DATATYPES))
+@settings(deadline=None)
 @given(data=st.data())
 def test_raw_bytes_come_back_as_they_were(datatype, data):
     array = data.draw(values_of(datatype))
@@ -36,6 +37,7 @@ def test_raw_bytes_come_back_as_they_were(datatype, data):
 
 
 @pytest.mark.parametrize("datatype", JSON)
+@settings(deadline=None)
 @given(data=st.data())
 def test_values_come_back_as_they_were(datatype, data):
     array = data.draw(values_of(datatype))
@@ -215,6 +217,7 @@ def test_half_a_surrogate_pair_is_refused():
         from_values(["\ud800"], name="x", datatype="BYTES", shape=[1])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=64), st.lists(st.integers(-1, 5), max_size=3))
 def test_any_bytes_are_elements_or_refused(data, shape):
     try:

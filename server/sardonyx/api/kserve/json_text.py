@@ -1,0 +1,104 @@
+"""Request JSON: one strict way to decode it, with Triton's messages and bounds on what it may cost.
+
+Floor 5. msgspec reads the bytes straight into the wanted type. What it does not bound is checked on the text before:
+nesting, and how many objects and lists there are, since 64 MiB of ``[],`` would become gigabytes.
+"""
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from sardonyx.errors import InvalidRequest, PayloadTooLarge
+
+T = TypeVar("T")
+
+MAX_DEPTH = 100
+"""Of nested lists and objects; Triton's."""
+MAX_CONTAINERS = 131_072
+"""Objects and lists outside of numeric data, as in the bodies of `api.body`."""
+
+# A string that does not end runs to the text's end, so that no text is looked at twice.
+_STRING = rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)'
+_STRINGS = re.compile(_STRING, re.DOTALL)
+_LITERALS = re.compile(_STRING + rb"|-?\bInfinity\b|\bNaN\b", re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_AT = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$")
+_INDEX = re.compile(r"\[(?:\d+|\.\.\.)\]")
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
+_EXPECTED = re.compile(r"Expected `(\w+)(?: \| null)?`")
+_JSON_TYPES = {"str": "string", "bool": "boolean", "int": "unsigned-integer", "array": "array", "object": "object"}
+"""What Triton calls msgspec's types. The protocol has unsigned integers only, in shapes, sizes and offsets."""
+
+
+def decode_json(text: bytes | memoryview, decoder: msgspec.json.Decoder[T]) -> T:
+    """Decode one JSON document. ``NaN`` and ``Infinity``, which Triton reads, become strings.
+
+    Raises:
+        InvalidRequest: it is not JSON, nested too deeply, or a field has the wrong type.
+    """
+    check_nesting(text)
+    try:
+        return decoder.decode(text)
+    except msgspec.ValidationError as error:
+        raise _mistyped(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        escaped = _LITERALS.sub(_as_string, text)
+        if len(escaped) != len(text):
+            return decode_json(escaped, decoder)
+        reason = str(error).removeprefix("JSON is malformed: ")
+        raise InvalidRequest(f"failed to parse the request JSON buffer: {reason}") from None
+
+
+def check_nesting(text: bytes | memoryview) -> None:
+    """Raise InvalidRequest where lists and objects are nested more than `MAX_DEPTH` deep."""
+    raw = bytes(text)
+    if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH:
+        return
+    brackets = _brackets(raw)
+    steps = np.where((brackets == ord("[")) | (brackets == ord("{")), np.int8(1), np.int8(-1))
+    if np.cumsum(steps, dtype=np.int64).max(initial=0) > MAX_DEPTH:
+        raise InvalidRequest(f"JSON nesting depth exceeds maximum allowed limit ({MAX_DEPTH})")
+
+
+def check_containers(text: bytes | memoryview, openers: bytes = b"[{") -> None:
+    """Raise PayloadTooLarge where more than `MAX_CONTAINERS` of the lists and objects open that `openers` begin."""
+    raw = bytes(text)
+    if sum(raw.count(byte) for byte in openers) <= MAX_CONTAINERS:
+        return
+    if int(np.isin(_brackets(raw), list(openers)).sum()) > MAX_CONTAINERS:
+        raise PayloadTooLarge(f"the JSON opens more than {MAX_CONTAINERS:,} lists and objects; split the request")
+
+
+def _brackets(text: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """All brackets and braces outside of strings, in order."""
+    return np.frombuffer(_STRINGS.sub(b"", text).translate(None, _NO_BRACKETS), np.uint8)
+
+
+def _as_string(match: re.Match[bytes]) -> bytes:
+    found = match[0]
+    return found if found.startswith(b'"') else b'"' + found + b'"'
+
+
+def _mistyped(message: str) -> InvalidRequest:
+    """Turn msgspec's ``Expected `int`, got `str` - at `$.inputs[0].shape[1]` `` into what Triton says."""
+    at = _AT.search(message)
+    reason = message[: at.start()] if at else message
+    path = _INDEX.sub("", at[1]) if at else ""
+    if missing := _MISSING.fullmatch(reason):
+        where = f" in '{path}'" if path else ""
+        return InvalidRequest(f"'{missing[1]}' is required{where}", param=missing[1])
+    field = path.rpartition(".")[2]
+    if field == "parameters" and "object" not in reason.partition("got")[0]:
+        return InvalidRequest(
+            "a parameter has invalid type. It should be either 'int', 'bool', 'double' or 'string'", param=path
+        )
+    expected = _EXPECTED.match(reason)
+    if expected and (wanted := _JSON_TYPES.get(expected[1])):
+        reason = f"attempt to access JSON non-{wanted} as {wanted}"
+    else:
+        reason = reason.replace("`", "").replace("Expected", "expected")
+    return InvalidRequest(
+        f"Unable to parse '{field}': {reason}" if field else f"the request JSON: {reason}", param=path
+    )
