@@ -13,7 +13,7 @@ from tests.api.kserve.fake_service import SUM, FakeService, create_app, int32s, 
 
 from sardonyx.api.kserve.codec import to_raw
 from sardonyx.api.kserve.routes import ROUTES
-from sardonyx.errors import Overloaded
+from sardonyx.errors import Overloaded, RequestAborted
 from sardonyx.runtime.dtypes import DATATYPES
 from sardonyx.tensors import Tensor
 
@@ -450,6 +450,12 @@ def test_an_error_after_the_first_answer_is_an_event(api):
     answer = api.post("/v2/models/llm/generate_stream", json=body)
     assert answer.status_code == 200
     assert answer.text.endswith('"TEXT":"hello"}\n\ndata: {"error":"An Error Occurred"}\n\n')
+
+
+def test_a_request_that_somebody_ended_is_told_so(api):
+    api.service.error = RequestAborted("ended by an operator")
+    answer = api.infer(SUM)
+    assert (answer.status_code, answer.json()) == (499, {"error": "ended by an operator"})
 
 
 def test_keys_guard_every_route_but_the_public_ones():

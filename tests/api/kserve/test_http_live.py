@@ -5,13 +5,17 @@ import json
 import socket
 import threading
 
+import ml_dtypes
 import msgspec
 import numpy as np
 import pytest
 from tests.api.kserve.fake_service import SUM, FakeService, create_app
 from tests.api.live import eventually, post_head, read_answer
+from tritonclient import http
+from tritonclient.utils import InferenceServerException
 
 from sardonyx.api.server import DrainingServer, bind
+from sardonyx.runtime.dtypes import DATATYPES
 
 SLOW = {"inputs": [{"name": "INPUT0", "datatype": "FP32", "shape": [1], "data": [1.0]}]}
 
@@ -144,6 +148,68 @@ def test_each_event_is_sent_when_it_is_there(live):
             assert piece, received
             received += piece
     assert json.loads(received.partition(b"data: ")[2].partition(b"\n\n")[0])["TEXT"] == "a"
+
+
+def test_a_body_that_comes_too_slowly_is_given_up_in_this_protocols_envelope(live, monkeypatch):
+    monkeypatch.setattr("sardonyx.api.front.BODY_GRACE_S", 0.05)
+    whole = post_head("/v2/models/simple/infer", msgspec.json.encode(SUM))
+    assert live.exchange(whole[:-1]) == (408, {"error": "the body came too slowly"})
+
+
+@pytest.fixture(scope="module")
+def triton(live):
+    with http.InferenceServerClient(f"127.0.0.1:{live.port}") as client:
+        yield client
+
+
+CASES = [(datatype, True) for datatype in sorted(DATATYPES)] + [
+    (datatype, False) for datatype in sorted(DATATYPES.keys() - {"BF16", "FP16"})
+]
+
+
+@pytest.mark.parametrize(("datatype", "is_binary"), CASES)
+def test_tritons_own_client_reads_back_what_it_sent(triton, datatype, is_binary):
+    array = np.array([[b"a", b"", "é".encode()]], object) if datatype == "BYTES" else np.array([[1, 0, 1]])
+    array = array.astype(ml_dtypes.bfloat16 if datatype == "BF16" else DATATYPES[datatype].array)
+    tensor = http.InferInput("INPUT0", array.shape, datatype)
+    tensor.set_data_from_numpy(array, binary_data=is_binary)
+    wanted = http.InferRequestedOutput("OUTPUT0", binary_data=is_binary)
+    result = triton.infer(f"identity_{datatype.lower()}", [tensor], outputs=[wanted], request_id="7")
+    answer = result.as_numpy("OUTPUT0")
+    if datatype == "BYTES" and not is_binary:
+        answer = np.frompyfunc(str.encode, 1, 1)(answer)
+    np.testing.assert_array_equal(answer, array)
+    assert result.get_response()["id"] == "7"
+
+
+@pytest.mark.parametrize("compression", ["gzip", "deflate"])
+def test_tritons_own_client_compresses_both_ways(triton, compression):
+    array = np.arange(1000, dtype=np.float32).reshape(1, -1)
+    tensor = http.InferInput("INPUT0", array.shape, "FP32")
+    tensor.set_data_from_numpy(array)
+    result = triton.infer(
+        "identity_fp32",
+        [tensor],
+        request_compression_algorithm=compression,
+        response_compression_algorithm=compression,
+    )
+    np.testing.assert_array_equal(result.as_numpy("OUTPUT0"), array)
+
+
+def test_tritons_own_client_finds_what_it_asks_for(triton):
+    assert triton.is_server_live()
+    assert triton.is_model_ready("simple")
+    assert triton.get_server_metadata()["name"] == "triton"
+    assert triton.get_model_config("simple")["max_batch_size"] == 8
+    assert triton.get_inference_statistics("simple")["model_stats"][0]["inference_count"] == 4
+    assert triton.get_model_repository_index()[0]["name"] == "simple"
+    triton.load_model("m", config='{"a":1}', files={"file:1/model.onnx": b"\x00"})
+    triton.unload_model("m", unload_dependents=True)
+    triton.register_system_shared_memory("r", "/r", 64)
+    triton.unregister_cuda_shared_memory()
+    assert triton.get_cuda_shared_memory_status() == []
+    with pytest.raises(InferenceServerException, match="Request for unknown model: 'nope' is not found"):
+        triton.get_model_metadata("nope")
 
 
 def test_a_connection_serves_one_request_after_another(live):

@@ -86,7 +86,12 @@ def message_of(error: BaseException, request_id: str = "") -> str:
 
 def encode_error(error: BaseException, request_id: str = "") -> bytes:
     """The HTTP envelope of any exception, as JSON."""
-    return msgspec.json.encode(ErrorBody(message_of(error, request_id)))
+    return encode_message(message_of(error, request_id))
+
+
+def encode_message(message: str) -> bytes:
+    """The HTTP envelope of a message, as JSON."""
+    return msgspec.json.encode(ErrorBody(message))
 
 
 def headers_for(error: BaseException) -> list[tuple[bytes, bytes]]:

@@ -51,7 +51,17 @@ class Exchange:
         max_bytes: of the body.
     """
 
-    __slots__ = ("_receive", "_send", "arguments", "headers", "log_id", "max_bytes", "method", "request_id")
+    __slots__ = (
+        "_receive",
+        "_send",
+        "arguments",
+        "has_begun",
+        "headers",
+        "log_id",
+        "max_bytes",
+        "method",
+        "request_id",
+    )
 
     def __init__(
         self,
@@ -69,6 +79,8 @@ class Exchange:
         self.headers = headers
         self.arguments = arguments
         self.max_bytes = max_bytes
+        self.has_begun = False
+        """The head of the answer is sent."""
         self.request_id = ""
         """The caller's own, once its body has told; for what an error says."""
 
@@ -125,6 +137,7 @@ class Exchange:
 
     async def begin(self, headers: Iterable[Header]) -> None:
         """Start an answer that comes in pieces."""
+        self.has_begun = True
         await self._send({"type": "http.response.start", "status": 200, "headers": list(headers)})
 
     async def send_piece(self, piece: bytes | memoryview, *, is_last: bool = False) -> None:

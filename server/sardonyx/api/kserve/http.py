@@ -10,19 +10,20 @@ are called most. With all of the parsing here and a model in numpy: 222 us mount
 from collections.abc import Awaitable, Callable, Mapping
 
 from litestar.enums import ScopeType
+from litestar.exceptions import HTTPException
 from litestar.handlers import asgi
 from litestar.handlers.asgi_handlers import ASGIRouteHandler
 from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
 
 from sardonyx.api.auth import PUBLIC, Gatekeeper
 from sardonyx.api.kserve.control import Control
-from sardonyx.api.kserve.errors import encode_error, headers_for, http_status
+from sardonyx.api.kserve.errors import encode_error, encode_message, headers_for, http_status
 from sardonyx.api.kserve.exchange import JSON_TYPE, Exchange, Header, Reply
 from sardonyx.api.kserve.inference import Inference
 from sardonyx.api.kserve.metadata import Metadata
 from sardonyx.api.kserve.routes import find_route
 from sardonyx.api.kserve.service import InferenceService
-from sardonyx.errors import RequestAborted, UnsupportedFeature
+from sardonyx.errors import UnsupportedFeature
 from sardonyx.settings import Settings
 
 PREFIX = "/v2"
@@ -61,7 +62,7 @@ class KServeHttp:
             reply = await self._answer(scope, exchange)
         except Exception as error:
             reply = _refusal(error, exchange)
-        if reply is not None:
+        if reply is not None and not exchange.has_begun:
             await exchange.send(reply)
 
     async def _answer(self, scope: HTTPScope, exchange: Exchange) -> Reply | None:
@@ -143,10 +144,10 @@ def _endpoints(service: InferenceService) -> Mapping[str, Endpoint]:
     }
 
 
-def _refusal(error: Exception, exchange: Exchange) -> Reply | None:
-    """An error in this protocol's envelope; nothing for a client that has left."""
-    if isinstance(error, RequestAborted):
-        return None
+def _refusal(error: Exception, exchange: Exchange) -> Reply:
+    """An error in this protocol's envelope. uvicorn drops it where the client has left."""
+    if isinstance(error, HTTPException):  # of `Front`: a body that comes too slowly
+        return Reply(encode_message(error.detail), error.status_code, (JSON_TYPE,))
     exchange.log_failure(error)
     headers = [JSON_TYPE, *headers_for(error)]
     if isinstance(error, UnsupportedFeature) and "compression" in error.message:

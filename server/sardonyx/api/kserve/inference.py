@@ -7,12 +7,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import cast
 
-import msgspec
-
 from sardonyx.api.kserve import generate
 from sardonyx.api.kserve.body import choose_encoding, compress, decompress
 from sardonyx.api.kserve.calls import WireReply, WireRequest
-from sardonyx.api.kserve.errors import ErrorBody, message_of
+from sardonyx.api.kserve.errors import encode_error
 from sardonyx.api.kserve.exchange import JSON_TYPE, Exchange, Header, Reply, off_loop
 from sardonyx.api.kserve.infer_reply import encode_reply, num_json_bytes
 from sardonyx.api.kserve.infer_request import (
@@ -25,7 +23,7 @@ from sardonyx.api.kserve.infer_request import (
     read_json,
 )
 from sardonyx.api.kserve.service import InferenceService
-from sardonyx.errors import InvalidRequest, RequestAborted, UnsupportedFeature
+from sardonyx.errors import InvalidRequest, UnsupportedFeature
 
 MIN_COMPRESSED_BYTES = 512
 """Smaller answers would grow."""
@@ -113,27 +111,22 @@ class Inference:
 
     async def _stream(self, exchange: Exchange, request: WireRequest) -> None:
         """Errors before the first answer are raised; later ones, for which the status is sent already, are events."""
-        has_begun = False
         try:
             async with aclosing(_generator(self._service.stream(request))) as answers:
                 async for answer in answers:
                     if answer.is_final and not answer.outputs:
                         continue
                     event = b"data: %s\n\n" % generate.encode_answer(answer)
-                    if not has_begun:
-                        has_begun = True
+                    if not exchange.has_begun:
                         await exchange.begin(_EVENT_STREAM)
                     await exchange.send_piece(event)
-        except RequestAborted:
-            raise
         except Exception as error:
-            if not has_begun:
+            if not exchange.has_begun:
                 raise
             exchange.log_failure(error)
-            message = message_of(error, exchange.request_id)
-            await exchange.send_piece(b"data: %s\n\n" % msgspec.json.encode(ErrorBody(message)), is_last=True)
+            await exchange.send_piece(b"data: %s\n\n" % encode_error(error, exchange.request_id), is_last=True)
             return
-        if not has_begun:
+        if not exchange.has_begun:
             await exchange.begin(_EVENT_STREAM)
         await exchange.send_piece(b"", is_last=True)
 
