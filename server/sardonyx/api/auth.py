@@ -74,7 +74,7 @@ class Gatekeeper:
         if not self._api:
             self._refuse_foreign_pages(headers)
         if self._api or self._admin:
-            self.check_key(_presented_key(headers), access)
+            self.check_key(presented_key(headers), access)
 
     def require_admin(self, connection: ASGIConnection[Any, Any, Any, Any]) -> None:
         """For handlers where only some requests are an admin's.
@@ -83,7 +83,7 @@ class Gatekeeper:
             Unauthenticated: as `guard`.
             PermissionDenied: a good key, but not an admin's.
         """
-        self.check_key(_presented_key(connection.headers), "admin")
+        self.check_key(presented_key(connection.headers), "admin")
 
     def check_key(self, presented: bytes, access: str = "") -> None:
         """What `guard` asks of a key, for callers that are no ASGI connection.
@@ -126,7 +126,7 @@ class Gatekeeper:
             raise PermissionDenied("the page that sent this is not among cors_origins", code="origin_not_allowed")
 
 
-def _presented_key(headers: Mapping[str, str]) -> bytes:
+def presented_key(headers: Mapping[str, str]) -> bytes:
     """From ``Authorization: Bearer``, ``X-Api-Key`` (Anthropic) or ``api-key`` (Azure); empty where there is none."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():

@@ -5,7 +5,7 @@ from tests.api.kserve.grpc_live import integers, numbers, serving
 from tritonclient.grpc import service_pb2 as pb
 
 from sardonyx.api.auth import Gatekeeper
-from sardonyx.api.kserve.grpc_routes import ADMIN, INFERENCE, PUBLIC, presented_key
+from sardonyx.api.kserve.grpc_routes import ADMIN, INFERENCE, PUBLIC, key_of
 
 METHODS = [f"/{INFERENCE}/{method.name}" for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods]
 OTHERS = [
@@ -142,8 +142,9 @@ def test_everything_is_open_without_keys():
         ((), b""),
         ((("authorization", "Basic x"),), b""),
         ((("authorization", "Bearer  k "),), b"k"),
-        ((("authorization", b"Bearer k\xe9"),), b"k\xe9"),
+        ((("authorization", "Bearer k\xe9"),), b"k\xe9"),
+        ((("key-bin", b"x"), ("x-api-key", "k")), b"k"),
     ],
 )
 def test_the_presented_key_is_found(metadata, key):
-    assert presented_key(metadata) == key
+    assert key_of(metadata) == key

@@ -1,3 +1,4 @@
+import asyncio
 import queue
 
 import grpc
@@ -5,11 +6,12 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.grpc.aio
-from tests.api.kserve.grpc_live import WAIT_S, Live, integers, numbers, serving
+from tests.api.kserve.grpc_live import WAIT_S, FakeService, Live, integers, numbers, serving
 from tests.api.live import eventually
 from tritonclient.grpc import service_pb2 as pb
 
-from sardonyx.api.kserve.grpc_stream import MAX_IN_FLIGHT
+from sardonyx.api.kserve.grpc_lingering import Lingering
+from sardonyx.api.kserve.grpc_stream import MAX_IN_FLIGHT, InferStream
 
 
 @pytest.fixture
@@ -151,6 +153,50 @@ def test_refusals_end_the_stream_for_those_who_ask_for_it(live: Live):
     assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
     assert raised.value.details() == "[request id: c] Exceeds maximum queue size"
     eventually(lambda: live.service.num_cancelled == 2)
+
+
+class BlockedContext:
+    """Of a stream of `requests` whose caller asks for statuses; its first write waits for `gate`."""
+
+    def __init__(self, requests):
+        self.requests = [each.SerializeToString() for each in requests]
+        self.all_read = asyncio.Event()
+        self.gate = asyncio.Event()
+        self.written = []
+        self.code = None
+
+    def invocation_metadata(self):
+        return (("triton_grpc_error", "true"),)
+
+    async def read(self):
+        if self.requests:
+            return self.requests.pop(0)
+        self.all_read.set()
+        return grpc.aio.EOF
+
+    async def write(self, data):
+        self.written.append(pb.ModelStreamInferResponse.FromString(data))
+        await self.gate.wait()
+
+    async def abort(self, code, details, trailers):
+        self.code = code
+        raise grpc.aio.AbortError
+
+
+def test_nothing_is_written_once_a_status_is_due():
+    async def main():
+        requests = [integers(1, model="repeat", id="a"), integers(2, model="none"), integers(3, model="repeat")]
+        context = BlockedContext(requests)
+        stream = asyncio.ensure_future(InferStream(FakeService(), context, Lingering(), 1 << 20).run())
+        await context.all_read.wait()
+        context.gate.set()
+        with pytest.raises(grpc.aio.AbortError):
+            await stream
+        return context
+
+    context = asyncio.run(main())
+    assert [summary(each) for each in context.written] == [("a", [1], False)]
+    assert context.code is grpc.StatusCode.NOT_FOUND
 
 
 def test_without_that_wish_the_header_means_nothing(live: Live):

@@ -3,6 +3,7 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.api.kserve.grpc_live import integers
 from tritonclient.grpc import service_pb2 as pb
 
 from sardonyx.api.kserve import grpc_wire
@@ -100,6 +101,16 @@ def test_damaged_messages_are_refused_or_what_protobuf_makes_of_them(request, da
             case "change" if at < len(wire):
                 wire[at] = data.draw(st.integers(0, 255))
     assert split(bytes(wire)) == parsed(bytes(wire))
+
+
+@pytest.mark.usefixtures("_every_size")
+def test_a_message_that_is_cut_off_is_refused_or_what_protobuf_makes_of_it():
+    request = integers(1, 2, 3, model="m", id="7", priority=1)
+    request.raw_input_contents.append(b"last")
+    data = request.SerializeToString()
+    assert split(data[:-1]) is None
+    for length in range(len(data) + 1):
+        assert split(data[:length]) == parsed(data[:length]), length
 
 
 @pytest.mark.usefixtures("_every_size")

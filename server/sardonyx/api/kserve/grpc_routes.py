@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from sardonyx.api.auth import Gatekeeper
+from sardonyx.api.auth import Gatekeeper, presented_key
 from sardonyx.api.kserve.grpc_status import abort
 from sardonyx.errors import InvalidRequest, RequestAborted, ServeError
 
@@ -77,7 +77,7 @@ class Routes:
         if method not in PUBLIC:
             access = "admin" if method in ADMIN else ""
             try:
-                self._keeper.check_key(presented_key(details.invocation_metadata), access)
+                self._keeper.check_key(key_of(details.invocation_metadata), access)
             except ServeError as error:
                 return _refusing(error)
         return self._methods.get(method)
@@ -103,17 +103,9 @@ def answering(method: RawMethod) -> RawMethod:
     return answer
 
 
-def presented_key(metadata: Iterable[tuple[str, str | bytes]]) -> bytes:
-    """From ``authorization: Bearer``, ``x-api-key`` or ``api-key``; empty where there is none."""
-    values = dict(metadata or ())
-    scheme, _, key = _text(values.get("authorization", "")).partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
-        key = _text(values.get("x-api-key") or values.get("api-key") or "")
-    return key.strip().encode("latin-1", "replace")
-
-
-def _text(value: str | bytes) -> str:
-    return value if isinstance(value, str) else value.decode("latin-1")
+def key_of(metadata: Iterable[tuple[str, str | bytes]]) -> bytes:
+    """The key that a call presents, as over HTTP; empty where there is none."""
+    return presented_key({name: value for name, value in metadata or () if isinstance(value, str)})
 
 
 def _with_messages(handler: Any) -> RawMethod:

@@ -22,7 +22,7 @@ from sardonyx.api.kserve.grpc_messages import (
     write_reply,
     writes_slowly,
 )
-from sardonyx.api.kserve.grpc_routes import presented_key
+from sardonyx.api.kserve.grpc_routes import key_of
 from sardonyx.api.kserve.grpc_statistics import write_statistics
 from sardonyx.api.kserve.grpc_status import abort
 from sardonyx.api.kserve.grpc_stream import InferStream
@@ -222,7 +222,7 @@ class InferenceServicer:
         return reply
 
     def _require_admin(self, context: Any) -> None:
-        self._keeper.check_key(presented_key(context.invocation_metadata()), "admin")
+        self._keeper.check_key(key_of(context.invocation_metadata()), "admin")
 
 
 def _write_metadata(tensor: TensorMetadata) -> pb.ModelMetadataResponse.TensorMetadata:

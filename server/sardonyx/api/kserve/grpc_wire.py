@@ -148,9 +148,8 @@ def _raw_spans(data: bytes) -> list[tuple[int, int, int]] | None:
                 position += 4
             else:
                 return None
-            if position > size:
-                return None
     except IndexError:
+        # Also where a field runs over the end: then there is no next tag.
         return None
     return None
 
