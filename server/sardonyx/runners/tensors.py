@@ -105,7 +105,7 @@ class TensorModelRunner:
     def _inputs(self, rows: list[TensorRow]) -> dict[str, Array]:
         graph = self._graph
         alone = rows[0].request if len(rows) == 1 else None
-        inputs = _join(rows) if alone is None else dict(alone.inputs)
+        inputs = _join(rows) if alone is None else {name: _aligned(each) for name, each in alone.inputs.items()}
         for name, reshape in graph.reshapes.items():
             if name in inputs:
                 inputs[name] = _reshape(inputs[name], reshape.outside, reshape.inside, graph.is_batching)
@@ -191,6 +191,11 @@ def _join(rows: list[TensorRow]) -> dict[str, Array]:
         parts = [row.request.inputs[name] if row.request is not None else _idle(array) for row in rows]
         joined[name] = np.concatenate(parts)
     return joined
+
+
+def _aligned(array: Array) -> Array:
+    """Arrays over received bytes may lie at odd addresses, which compiled kernels need not cope with."""
+    return array if array.flags.aligned else array.copy()
 
 
 def _idle(like: Array) -> Array:
