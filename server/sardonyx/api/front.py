@@ -5,6 +5,7 @@ errors.
 """
 
 import asyncio
+import itertools
 import re
 import secrets
 import time
@@ -23,6 +24,9 @@ MIN_BODY_BYTES_PER_S = 1024
 """Slower than this after the grace, a body is given up: holding many half-sent requests is a way to hurt a server."""
 
 _SANE_ID = re.compile(rb"[\w.:+/=-]{1,128}")
+# Random for each request would be a system call for each request.
+_PROCESS_ID = secrets.token_hex(6).encode()
+_serials = itertools.count()
 
 
 class Front:
@@ -64,7 +68,7 @@ class Front:
 def _request_id(scope: HTTPScope) -> bytes:
     """The caller's ``X-Request-Id`` where it has one that is safe to repeat, else a fresh one."""
     own = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-    return own if _SANE_ID.fullmatch(own) else secrets.token_hex(12).encode()
+    return own if _SANE_ID.fullmatch(own) else b"%s%012x" % (_PROCESS_ID, next(_serials))
 
 
 def _paced(receive: Receive) -> Receive:
