@@ -90,7 +90,7 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics, ending:
         cors_config=_cors(settings),
         openapi_config=openapi_config(__version__, needs_key=bool(settings.api_keys)),
         logging_config=None,
-        lifespan=[lambda _: _running(settings, registry, metrics, service, keeper, ending or Ending())],
+        lifespan=[lambda _: _running(settings, registry, metrics, service, keeper, ending)],
     )
     app.asgi_handler = Front(Shortcut(kserve, app.asgi_handler), metrics)
     return app
@@ -100,10 +100,12 @@ def run(settings: Settings) -> None:
     """Serve until told to stop. Returns after a drain that a signal began.
 
     Raises:
-        ConfigError: the settings expose an open server, there is no repository, or the address is taken.
+        ConfigError: the settings expose an open server or contradict each other, there is no repository, an address is
+            taken, or with `exit_on_error` a model of the start cannot be loaded.
     """
     configure_logging(settings)
     check_exposure(settings)
+    check_startup_models(settings)
     metrics = Metrics(__version__)
     registry = build_registry(settings, metrics)
     with bind(settings.host, settings.port) as listener:
@@ -127,6 +129,18 @@ def run(settings: Settings) -> None:
     if ending.error is not None:
         raise ending.error
     logger.info("stopped")
+
+
+def check_startup_models(settings: Settings) -> None:
+    """Refuse a `load_model` that would have no effect.
+
+    Raises:
+        ConfigError: names the way out.
+    """
+    if settings.load_model and settings.model_control_mode != "explicit":
+        raise ConfigError("is for model_control_mode explicit; the others load every model", field="load_model")
+    if "*" in settings.load_model and len(settings.load_model) > 1:
+        raise ConfigError("is either * alone, for every model, or names of models", field="load_model")
 
 
 def configure_logging(settings: Settings) -> None:
@@ -190,24 +204,24 @@ async def _running(
     metrics: Metrics,
     service: InferenceService,
     keeper: Gatekeeper,
-    ending: Ending,
+    ending: Ending | None,
 ) -> AsyncIterator[None]:
     """Models load while the server already answers; everything is closed at the end."""
     async with contextlib.AsyncExitStack() as closing:
         closing.push_async_callback(registry.close)
         closing.callback(service.close)
         try:
-            if settings.allow_grpc:
-                grpc_server = await GrpcServer.start(service, settings, keeper)
-                closing.push_async_callback(grpc_server.stop, GRPC_GRACE_S)
-                logger.info("listening on %s:%d for gRPC", settings.host, grpc_server.port)
-            if settings.metrics_port:
-                closing.callback(serve_metrics(metrics, settings.host, settings.metrics_port))
+            await _open_ports(settings, metrics, service, keeper, closing)
         except ConfigError as error:
+            if ending is None:
+                raise
+            # Raised from here it would be logged with its traceback, and the process would end with another code.
             ending.error = error
-            raise
+            ending.stop()
+            yield
+            return
         tasks = [
-            asyncio.create_task(_load_models(settings, registry, ending)),
+            asyncio.create_task(_load_models(settings, registry, ending or Ending())),
             asyncio.create_task(_watch_event_loop(metrics)),
         ]
         try:
@@ -216,6 +230,22 @@ async def _running(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _open_ports(
+    settings: Settings,
+    metrics: Metrics,
+    service: InferenceService,
+    keeper: Gatekeeper,
+    closing: contextlib.AsyncExitStack,
+) -> None:
+    """The ports beside the main one. `closing` closes them."""
+    if settings.allow_grpc:
+        grpc_server = await GrpcServer.start(service, settings, keeper)
+        closing.push_async_callback(grpc_server.stop, GRPC_GRACE_S)
+        logger.info("listening on %s:%d for gRPC", settings.host, grpc_server.port)
+    if settings.metrics_port:
+        closing.callback(serve_metrics(metrics, settings.host, settings.metrics_port))
 
 
 async def _load_models(settings: Settings, registry: Registry, ending: Ending) -> None:
@@ -238,6 +268,8 @@ async def _load_models(settings: Settings, registry: Registry, ending: Ending) -
             await registry.poll()
         except ServeError as error:
             logger.error("the repositories could not be read: %s", error)
+        except Exception:
+            logger.exception("the repositories could not be read")
 
 
 def _startup_names(settings: Settings) -> tuple[str, ...] | None:

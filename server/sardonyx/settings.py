@@ -105,7 +105,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     strict_readiness: bool = True
     """Ready means that every model of the start is. Without it: that requests are taken."""
     exit_on_error: bool = False
-    """End the process where a model of the start cannot be loaded."""
+    """End the process, with code 2, where a model of the start cannot be loaded."""
     auto_complete_config: bool = True
     """Fill in what a tensor model's `config.pbtxt` leaves out, from its ONNX file."""
     allow_file_override: bool = False

@@ -1,5 +1,6 @@
 """One tensor in all four spellings: JSON, bytes behind JSON, protobuf's raw bytes, protobuf's typed numbers."""
 
+import grpc as grpcio
 import ml_dtypes
 import numpy as np
 import pytest
@@ -7,8 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conformance.triton import DATATYPES, address, texts
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-
-import grpc as grpcio
 
 NOT_IN_JSON = {"FP16", "BF16"}
 NOT_TYPED = {"FP16", "BF16"}

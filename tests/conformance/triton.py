@@ -1,4 +1,4 @@
-"""What the tests with Triton's own clients share: a repository of tensor models, and both synchronous clients as one."""
+"""What the tests with Triton's own clients share: a repository of tensor models, and both synchronous clients."""
 
 import asyncio
 import http.client

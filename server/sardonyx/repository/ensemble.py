@@ -25,6 +25,11 @@ class EnsembleStep(msgspec.Struct, frozen=True, kw_only=True):
     """The model's output → the ensemble's tensor."""
 
 
+def part_names(config: ModelConfig) -> tuple[str, ...]:
+    """Models that an ensemble is made of, each once; none of any other model."""
+    return tuple(dict.fromkeys(step.model_name for step in config.ensemble_scheduling.step))
+
+
 def read_steps(config: ModelConfig, *, file: str = FILE_NAME) -> list[EnsembleStep]:
     """Check and read the steps; none where the model is no ensemble.
 

@@ -12,7 +12,11 @@ import msgspec
 
 from sardonyx.errors import ConfigError
 from sardonyx.repository.check import version_problems
+from sardonyx.repository.ensemble import part_names
 from sardonyx.repository.layout import ModelEntry, Repository, read_manifest
+
+DUPLICATE = "model appears in two or more repositories"
+"""Why a model that does is not served."""
 
 
 class IndexEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +46,7 @@ def index(repository: Repository) -> list[IndexEntry]:
     Raises:
         ConfigError: there is no such repository.
     """
-    return [_describe(entry) for entry in repository.entries()]
+    return [_describe_somehow(entry) for entry in repository.entries()]
 
 
 def merge(indexes: Iterable[list[IndexEntry]]) -> list[IndexEntry]:
@@ -53,11 +57,18 @@ def merge(indexes: Iterable[list[IndexEntry]]) -> list[IndexEntry]:
             entry = IndexEntry(
                 name=entry.name,
                 versions=[],
-                reason="model appears in two or more repositories",
+                reason=DUPLICATE,
                 fingerprint=merged[entry.name].fingerprint + entry.fingerprint,
             )
         merged[entry.name] = entry
     return [merged[name] for name in sorted(merged)]
+
+
+def _describe_somehow(entry: ModelEntry) -> IndexEntry:
+    try:
+        return _describe(entry)
+    except OSError as error:  # a folder that is being changed
+        return IndexEntry(name=entry.name, versions=[], reason=f"cannot be read: {error.strerror}")
 
 
 def _describe(entry: ModelEntry) -> IndexEntry:
@@ -68,12 +79,11 @@ def _describe(entry: ModelEntry) -> IndexEntry:
         reason = "has no version to serve"
         return IndexEntry(name=entry.name, versions=[], reason=reason, fingerprint=fingerprint)
     folder = entry.version_path(entry.versions[-1])
-    steps = entry.config.ensemble_scheduling.step
     facts = IndexEntry(
         name=entry.name,
         versions=entry.versions,
         fingerprint=fingerprint,
-        depends_on=tuple(dict.fromkeys(step.model_name for step in steps)),
+        depends_on=part_names(entry.config),
         size_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     )
     problem = next(version_problems(entry, folder, hashes=False), None)
@@ -96,7 +106,8 @@ def _fingerprint(path: Path) -> str:
     try:
         for folder, folders, files in os.walk(path):
             folders.sort()
-            for name in sorted(files):
+            links = [name for name in folders if Path(folder, name).is_symlink()]
+            for name in sorted([*files, *links]):
                 status = os.lstat(Path(folder, name))
                 piece = (
                     f"{os.path.relpath(folder, path)}/{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}"

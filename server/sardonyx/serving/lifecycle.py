@@ -1,20 +1,37 @@
 """How models come and go: loads that others wait for, reloads without a gap, unloads that finish what was accepted.
 
 Floor 4. Part of the registry, on its event loop: sources are asked in worker threads, entries change between awaits.
+Who unloads a model holds its lock while the ensembles made of it are unloaded; so a load waits for the parts of its
+ensemble before it takes a lock, and no two can wait for each other.
 """
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
 from sardonyx.errors import ConfigError, ModelNotReady, ServeError
 from sardonyx.repository.index import IndexEntry
+from sardonyx.serving.entry import Entry
 from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
 from sardonyx.serving.status import ModelState, safe_reason
 
 logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 5.0
+"""At the end, for loads: their threads cannot be interrupted."""
+
+
+class LoadFailed(ModelNotReady):
+    """A load went wrong.
+
+    Args:
+        reason: safe to show.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"model {name} cannot be loaded: {reason}")
+        self.reason = reason
 
 
 class ModelSource(Protocol):
@@ -40,31 +57,6 @@ class ModelSource(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One name of the registry. All but `lock` changes between awaits only."""
-
-    facts: IndexEntry
-    state: ModelState = ModelState.UNAVAILABLE
-    reason: str = "not loaded"
-    model: LoadedModel | None = None
-    """What requests get; set exactly while READY."""
-    override: ModelOverride | None = None
-    """What the last load brought along."""
-    is_needed: bool = False
-    """Readiness waits for it."""
-    was_wanted: bool = False
-    """A load was begun at some time."""
-    tried_fingerprint: str = ""
-    """Of the files at the last load."""
-    past_versions: set[int] = field(default_factory=set)
-    """Served at some time, or meant to."""
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by whoever loads or unloads."""
-    loading: "asyncio.Task[LoadedModel] | None" = None
-    """The load that others who ask for one may wait for as well."""
-
-
 class Lifecycle:
     """Loads and unloads the registry's entries.
 
@@ -78,6 +70,8 @@ class Lifecycle:
     def __init__(self, source: ModelSource, entries: dict[str, Entry], unload_timeout_s: float, max_loads: int) -> None:
         self.live: set[ServedModel] = set()
         """Loaded and not closed: those in place, and those that finish what they have."""
+        self.needed: set[str] = set()
+        """Models that readiness waits for, until they are unloaded."""
         self.is_closed = False
         self._source = source
         self._entries = entries
@@ -85,80 +79,125 @@ class Lifecycle:
         self._load_slots = asyncio.Semaphore(max_loads)
         self._tasks: set[asyncio.Task[Any]] = set()
         """Loads, unloads and closings under way. They go on when the caller who asked for them leaves."""
+        self._leaving: dict[asyncio.Task[None], tuple[str, ...]] = {}
+        """Ensembles that finish what they have, with the parts that they still need."""
 
     async def close(self) -> None:
-        """End everything and free every model. Idempotent."""
+        """End everything and free every model, but for loads that take too long. Idempotent."""
+        if self.is_closed:
+            return
         self.is_closed = True
         await asyncio.gather(*(self.close_model(model) for model in list(self.live)))
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
 
     def check_open(self) -> None:
         """Raise ModelNotReady once `close` was called."""
         if self.is_closed:
             raise ModelNotReady("the server is shutting down")
 
+    def fingerprint(self, entry: Entry) -> str:
+        """Changes with the files of a model and of those that it is made of. Empty where they could not be read."""
+        parts = sorted(self._parts(entry.facts.depends_on, lambda part: part.facts.depends_on))
+        facts = [self._entries[part].facts for part in parts if part in self._entries]
+        return entry.facts.fingerprint + "".join(f"/{part.name}:{part.fingerprint}" for part in facts)
+
+    def is_current(self, entry: Entry) -> bool:
+        """What serves is from the files as they are, and works."""
+        model = entry.model
+        if model is None or entry.loaded_fingerprint != self.fingerprint(entry):
+            return False
+        return all(each.is_alive for each in model.versions.values())
+
     def begin_load(self, entry: Entry, override: ModelOverride | None = None) -> "asyncio.Task[LoadedModel]":
-        """The load under way, or a new one."""
+        """The load under way, or a new one. What the last one brought along is kept until the files change."""
         if entry.loading is None:
-            entry.was_wanted = True
+            if override is None and entry.facts.fingerprint == entry.override_fingerprint:
+                override = entry.override
+            entry.was_wanted, entry.is_stopped = True, False
             if entry.state is ModelState.UNAVAILABLE:
                 entry.state, entry.reason = ModelState.LOADING, ""
-            entry.loading = self.spawn(self._load(entry, override or entry.override))
+            entry.loading = self.spawn(self._load(entry, override))
         return entry.loading
 
     async def _load(self, entry: Entry, override: ModelOverride | None) -> LoadedModel:
+        fingerprint = self.fingerprint(entry)
+        entry.tried_fingerprint = fingerprint if override is None else ""
         try:
+            await self._load_parts(entry, entry.facts.depends_on if override is None else override.depends_on)
             async with entry.lock:
                 self.check_open()
                 if entry.model is None:
                     entry.state, entry.reason = ModelState.LOADING, ""
-                entry.tried_fingerprint = entry.facts.fingerprint
-                try:
-                    await self._load_parts(entry)
-                    async with self._load_slots:
-                        model = await asyncio.to_thread(self._source.load, entry.facts.name, override)
-                except Exception as error:
-                    raise self._failure(entry, error) from error
+                async with self._load_slots:
+                    model = await asyncio.to_thread(self._source.load, entry.facts.name, override)
                 self.live.update(model.versions.values())
-                if self.is_closed:
-                    await self._retire(model)
+                try:
                     self.check_open()
-                self._put(entry, model, override)
-                return model
+                    self._check_parts(entry, model)
+                except ServeError:
+                    await self._retire(model)
+                    raise
+                self._put(entry, model, override, fingerprint)
+        except Exception as error:
+            self.check_open()  # then it is no news
+            raise self._failure(entry, error) from error
         finally:
-            entry.loading = None
+            entry.loading, entry.awaited = None, ()
+        await self._bring_back(entry.facts.name)
+        return model
 
-    def _put(self, entry: Entry, model: LoadedModel, override: ModelOverride | None) -> None:
+    def _put(self, entry: Entry, model: LoadedModel, override: ModelOverride | None, fingerprint: str) -> None:
         """From here on requests get the new versions."""
         old, entry.model, entry.override = entry.model, model, override
+        entry.loaded_fingerprint, entry.override_fingerprint = fingerprint, fingerprint.partition("/")[0]
         entry.past_versions.update(model.versions)
         entry.state, entry.reason = ModelState.READY, ""
         if old is not None:
-            self.spawn(self._retire(old))
+            self._retire(old)
 
-    async def _load_parts(self, entry: Entry) -> None:
+    async def _load_parts(self, entry: Entry, depends_on: tuple[str, ...]) -> None:
         """Have the models that an ensemble is made of; whether they are ready is seen when it is put together."""
-        if not entry.facts.depends_on:
+        if not depends_on:
             return
-        if entry.facts.name in (parts := self.parts(entry)):
-            raise ConfigError(f"circular dependency between ensembles: {entry.facts.name} -> {' -> '.join(parts)}")
-        wanted = [self._entries[part] for part in entry.facts.depends_on if part in self._entries]
-        loads = [self.begin_load(part) for part in wanted if part.model is None]
+        # Noted before any other load can run: of those that would wait for each other, the last one sees the circle.
+        name, entry.awaited = entry.facts.name, depends_on
+        users = self._parts(depends_on, Entry.any_parts, name)
+        if name in users:
+            circle = [name, users[name]]
+            while circle[-1] != name:
+                circle.append(users[circle[-1]])
+            raise ConfigError(f"circular dependency between ensembles: {' -> '.join(reversed(circle))}")
+        parts = [self._entries[part] for part in depends_on if part in self._entries]
+        loads = [self.begin_load(part) for part in parts if not self.is_current(part)]
         await asyncio.gather(*loads, return_exceptions=True)
+
+    def _check_parts(self, entry: Entry, model: LoadedModel) -> None:
+        """A part may have gone since the source looked."""
+        for part in model.depends_on:
+            if part not in self._entries or self._entries[part].model is None:
+                entry.is_stopped = True
+                raise ConfigError(_part_reason(part))
 
     def parts(self, entry: Entry) -> list[str]:
         """Names that an ensemble depends on, directly and through other ensembles."""
-        found: list[str] = []
-        rest = list(entry.facts.depends_on)
-        while rest:
-            name = rest.pop()
-            if name not in found:
-                found.append(name)
-                if name in self._entries:
-                    rest += self._entries[name].facts.depends_on
-        return found
+        return list(self._parts(entry.any_parts(), Entry.any_parts))
 
-    def _failure(self, entry: Entry, error: Exception) -> ModelNotReady:
+    def _parts(
+        self, names: Iterable[str], parts_of: "Callable[[Entry], Iterable[str]]", user: str = ""
+    ) -> dict[str, str]:
+        """Names that are reached from `names`, which `user` depends on, each with one that depends on it."""
+        users: dict[str, str] = {}
+        rest = [(name, user) for name in reversed(list(names))]
+        while rest:
+            name, by = rest.pop()
+            if name not in users:
+                users[name] = by
+                if name in self._entries and name != user:
+                    rest += [(part, name) for part in parts_of(self._entries[name])]
+        return users
+
+    def _failure(self, entry: Entry, error: Exception) -> LoadFailed:
         """Note why a load failed."""
         name = entry.facts.name
         if isinstance(error, ServeError):
@@ -172,15 +211,35 @@ class Lifecycle:
         else:
             serving = ", ".join(map(str, sorted(entry.model.versions)))
             entry.reason = f"version {serving} serves; the last reload failed: {reason}"
-        return ModelNotReady(f"model {name} cannot be loaded: {reason}")
+        return LoadFailed(name, reason)
 
-    async def unload(self, entry: Entry, reason: str = "unloaded") -> None:
-        """Take a model out of its place, ensembles that need it first, and free it when its requests are done."""
+    async def _bring_back(self, name: str) -> None:
+        """Load the ensembles again that went when this part did, if it was the last one missing."""
+        loaded = {other for other, each in self._entries.items() if each.model is not None}
+        stopped = [
+            other
+            for other in self._entries.values()
+            if other.is_stopped and name in other.facts.depends_on and loaded.issuperset(other.facts.depends_on)
+        ]
+        await asyncio.gather(*map(self.begin_load, stopped), return_exceptions=True)
+
+    async def unload(self, entry: Entry, reason: str = "unloaded", *, with_part: bool = False) -> None:
+        """Take a model out of its place, ensembles that need it first, and free it when its requests are done.
+
+        Args:
+            entry: of the model.
+            reason: for callers.
+            with_part: it is an ensemble that goes only because a part does.
+        """
         async with entry.lock:
-            entry.is_needed = False
+            if with_part and entry.model is None:
+                return
+            self.needed.discard(entry.facts.name)
             await self._unload_ensembles_of(entry.facts.name)
-            model, entry.model, entry.override = entry.model, None, None
-            entry.tried_fingerprint = ""
+            model, entry.model = entry.model, None
+            entry.tried_fingerprint, entry.is_stopped = "", with_part
+            if not with_part:
+                entry.override = None
             if model is not None:
                 entry.state, entry.reason = ModelState.UNLOADING, ""
                 await self._retire(model)
@@ -192,19 +251,29 @@ class Lifecycle:
             await self.unload(entry)
 
     async def _unload_ensembles_of(self, name: str) -> None:
-        reason = f"model {name}, on which it depends, was unloaded"
         # One may be loaded again while others still finish.
-        while dependents := [
-            other for other in self._entries.values() if other.model is not None and name in other.facts.depends_on
-        ]:
-            await asyncio.gather(*(self.unload(each, reason) for each in dependents))
+        while True:
+            dependents = [each for each in self._entries.values() if name in each.serving_parts]
+            leaving = [task for task, parts in self._leaving.items() if name in parts]
+            if not dependents and not leaving:
+                return
+            unloads = [self.unload(each, _part_reason(name), with_part=True) for each in dependents]
+            await asyncio.gather(*leaving, *unloads)
 
-    async def _retire(self, model: LoadedModel) -> None:
-        await asyncio.gather(*(self._finish(each) for each in model.versions.values()))
+    def _retire(self, model: LoadedModel) -> "asyncio.Task[None]":
+        """Free a model when what it has is finished."""
+        task = self.spawn(self._finish(model))
+        if model.depends_on:
+            self._leaving[task] = model.depends_on
+            task.add_done_callback(self._leaving.pop)
+        return task
 
-    async def _finish(self, model: ServedModel) -> None:
-        await model.drain(self._unload_timeout_s)
-        await self.close_model(model)
+    async def _finish(self, model: LoadedModel) -> None:
+        async def finish(version: ServedModel) -> None:
+            await version.drain(self._unload_timeout_s)
+            await self.close_model(version)
+
+        await asyncio.gather(*map(finish, model.versions.values()))
 
     async def close_model(self, model: ServedModel) -> None:
         """Free one version, whatever it still does."""
@@ -223,3 +292,7 @@ class Lifecycle:
         # Read, so that asyncio does not report it: whoever waited was told, and the log has it.
         if not task.cancelled():
             task.exception()
+
+
+def _part_reason(part: str) -> str:
+    return f"model {part}, on which it depends, was unloaded"

@@ -3,32 +3,23 @@
 Floor 4. Everything here blocks; the registry runs it in worker threads.
 """
 
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
-from google.protobuf import text_format
+from contextlib import AbstractContextManager, nullcontext
 
 from sardonyx.errors import ConfigError, ModelNotFound
 from sardonyx.metrics import Metrics
-from sardonyx.repository.config import FILE_NAME, parse_override
-from sardonyx.repository.index import IndexEntry, index, merge
-from sardonyx.repository.layout import ModelEntry, Repository, read_manifest, validate_model_name
+from sardonyx.repository.ensemble import part_names
+from sardonyx.repository.index import DUPLICATE, IndexEntry, index, merge
+from sardonyx.repository.layout import ModelEntry, Repository, read_manifest
 from sardonyx.runtime.session import configure_threads
 from sardonyx.serving.ensemble import EnsembleModel
 from sardonyx.serving.memory import KvBudget, free_memory_bytes
+from sardonyx.serving.override import override_config, override_folder
 from sardonyx.serving.registry import TEXT_FAMILY, Registry
 from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
 from sardonyx.serving.tensor_loader import TensorLoader
 from sardonyx.serving.tensors import TensorModel
 from sardonyx.serving.text_loader import TextLoader
 from sardonyx.settings import Settings, usable_cores
-
-_FILE_PATH = re.compile(r"[1-9][0-9]{0,17}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}){1,4}|[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-_MAX_FILES = 256
 
 
 def build_registry(settings: Settings, metrics: Metrics) -> Registry:
@@ -65,7 +56,7 @@ class ModelLoader:
         self._repositories = repositories
         self._registry: Registry | None = None
         self._texts = TextLoader(settings, metrics, budget)
-        self._tensors = TensorLoader(settings, metrics, self._served)
+        self._tensors = TensorLoader(settings, metrics, self._part)
 
     def connect(self, registry: Registry) -> None:
         """Where ensembles find their parts. Once, before the first load."""
@@ -95,7 +86,7 @@ class ModelLoader:
                     raise ConfigError(f"models of the family {manifest.family} are not served", file=str(entry.path))
                 text = self._texts.load(entry)
                 return LoadedModel(versions={text.version: text})
-            return LoadedModel(versions=self._load_versions(entry))
+            return LoadedModel(versions=self._load_versions(entry), depends_on=part_names(entry.config))
 
     def _load_versions(self, entry: ModelEntry) -> dict[int, ServedModel]:
         versions: dict[int, TensorModel | EnsembleModel] = {}
@@ -108,57 +99,22 @@ class ModelLoader:
             raise
         return dict(versions)
 
-    @contextmanager
-    def _entry(self, name: str, override: ModelOverride | None) -> Iterator[ModelEntry]:
+    def _entry(self, name: str, override: ModelOverride | None) -> AbstractContextManager[ModelEntry]:
         """The model's folder and config, or what the caller brought in their place while the block runs."""
         if override is None:
-            yield self._repository(name).entry(name)
-            return
-        config = parse_override(override.config, name=name)
-        if not override.files:
-            yield self._repository(name).entry(name, config)
-            return
-        root = Path(tempfile.mkdtemp(prefix="sardonyx-load-"))
-        try:
-            write_files(root, name, override.files)
-            (root / name / FILE_NAME).write_text(text_format.MessageToString(config))
-            yield Repository(root).entry(name)
-        finally:
-            shutil.rmtree(root, ignore_errors=True)
+            return nullcontext(self._repository(name).entry(name))
+        if override.files:
+            return override_folder(name, override)
+        return nullcontext(self._repository(name).entry(name, override_config(name, override)))
 
     def _repository(self, name: str) -> Repository:
         having = [each for each in self._repositories if each.has(name)]
         if not having:
             raise ModelNotFound(f"no model {name[:160]!r} in the repository", code="model_not_found")
         if len(having) > 1:
-            raise ConfigError("model appears in two or more repositories")
+            raise ConfigError(DUPLICATE)
         return having[0]
 
-    def _served(self, name: str, version: int | None) -> ServedModel:
+    def _part(self, name: str, version: int | None) -> ServedModel:
         assert self._registry is not None
-        return self._registry.served(name, version)
-
-
-def write_files(root: Path, name: str, files: dict[str, bytes]) -> None:
-    """Make a model's folder of files that came over the network. `root` is fresh and ours alone.
-
-    Raises:
-        ConfigError: too many, or a path that is not plain: a version and file names, or one file name.
-    """
-    validate_model_name(name)
-    if len(files) > _MAX_FILES:
-        raise ConfigError(f"at most {_MAX_FILES} files can be brought along, not {len(files)}")
-    folder = root / name
-    folder.mkdir()
-    for path, data in sorted(files.items()):
-        if not _FILE_PATH.fullmatch(path):
-            raise ConfigError(f"Invalid file parameter '{path[:160]}' must stay within model directory.")
-        if path == FILE_NAME:
-            raise ConfigError("the config comes as a parameter of its own, not as a file")
-        target = folder / path
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("xb") as file:
-                file.write(data)
-        except OSError as error:
-            raise ConfigError(f"cannot be written: {error.strerror}", file=path) from error
+        return self._registry.part(name, version)

@@ -10,10 +10,13 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sardonyx.errors import ConfigError, InvalidRequest, ModelNotFound, ModelNotReady
-from sardonyx.repository.index import IndexEntry
+from sardonyx.errors import InvalidRequest, ModelNotFound, ModelNotReady
+from sardonyx.repository.index import DUPLICATE, IndexEntry
 from sardonyx.serving.ensemble import EnsembleModel
-from sardonyx.serving.lifecycle import Entry, Lifecycle, ModelSource
+from sardonyx.serving.entry import Entry
+from sardonyx.serving.lifecycle import Lifecycle, ModelSource
+from sardonyx.serving.override import check_override
+from sardonyx.serving.readiness import failures, missing, stuck
 from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
 from sardonyx.serving.status import ModelState, ModelStatus, VersionStatus, describe, describe_versions
 from sardonyx.serving.text import TextModel
@@ -28,8 +31,6 @@ TEXT_FAMILIES = frozenset({TEXT_FAMILY, ""})
 """Families of models that text can be asked of; empty is a manifest that could not be read, whose load says why."""
 FAMILIES = TEXT_FAMILIES | {"tensors"}
 """What this registry loads."""
-STALLED_S = 30.0
-"""With work and no finished step for so long, an engine is taken for stuck."""
 
 
 class Registry:
@@ -74,20 +75,21 @@ class Registry:
             names: what to load; ``None``: everything. An ensemble brings its parts along.
 
         Raises:
-            ConfigError: there is no repository, or no model of a name.
+            ConfigError: there is no repository.
         """
         await self.refresh()
         wanted = set(self._entries if names is None else names)
-        for name in sorted(wanted - self._entries.keys()):
-            raise ConfigError(f"there is no model {name!r} in the repository", field="load_model")
-        needed = [self._entries[name] for name in sorted(wanted) if self._entries[name].facts.family in FAMILIES]
-        for entry in needed:
-            entry.is_needed = True
+        if names is None:
+            wanted = {name for name in wanted if self._entries[name].facts.family in FAMILIES}
+        self._lifecycle.needed.update(wanted)
         self._has_started = True
+        for name in sorted(wanted - self._entries.keys()):
+            logger.error("there is no model %s in the repository", name)
         for alias, name in self._aliases.items():
             if name not in self._entries:
                 logger.warning("alias %s stands for %s, which is not in the repository", alias, name)
-        await asyncio.gather(*map(self._lifecycle.begin_load, needed), return_exceptions=True)
+        present = [self._entries[name] for name in sorted(wanted) if name in self._entries]
+        await asyncio.gather(*map(self._lifecycle.begin_load, present), return_exceptions=True)
 
     async def refresh(self) -> set[str]:
         """Look at the repositories again, for what was added or removed. `load` does so too.
@@ -104,7 +106,7 @@ class Registry:
             if name in self._entries:
                 self._entries[name].facts = each
             else:
-                self._entries[name] = Entry(each, reason=each.reason or _other_family(each.family) or "not loaded")
+                self._entries[name] = Entry(each, reason=_other_family(each.family) or "not loaded")
         for name in self._entries.keys() - facts.keys():
             entry = self._entries[name]
             if entry.model is None and entry.loading is None and not entry.lock.locked():
@@ -121,9 +123,17 @@ class Registry:
         for name, entry in list(self._entries.items()):
             if name not in present:
                 work.append(self._lifecycle.spawn(self._lifecycle.unload(entry)))
-            elif entry.facts.family in FAMILIES and entry.tried_fingerprint != entry.facts.fingerprint:
+            elif entry.facts.reason == DUPLICATE and entry.model is not None:
+                work.append(self._lifecycle.spawn(self._lifecycle.unload(entry, DUPLICATE)))
+            elif self._has_changed(entry):
                 work.append(self._lifecycle.begin_load(entry))
         await asyncio.gather(*work, return_exceptions=True)
+
+    def _has_changed(self, entry: Entry) -> bool:
+        """Since the last try. A folder that cannot be read is being changed at this moment."""
+        if entry.facts.family not in FAMILIES or not entry.facts.fingerprint:
+            return False
+        return entry.tried_fingerprint != self._lifecycle.fingerprint(entry)
 
     def resolve(self, name: str | None) -> TextModel:
         """The language model for a request.
@@ -161,21 +171,15 @@ class Registry:
         """
         self._check_accepting()
         entry = self._find(name)
-        shown = name[:160]
         if entry is None:
-            raise ModelNotFound(f"Request for unknown model: '{shown}' is not found")
-        if entry.model is None:
-            if version is not None and version not in {*entry.past_versions, *entry.facts.versions}:
-                raise ModelNotFound(f"Request for unknown model: '{shown}' version {version} is not found")
-            reason = f": {entry.reason}" if entry.reason else ""
-            raise ModelNotReady(f"Request for unknown model: '{shown}' has no available versions{reason}")
-        if version is None:
-            return entry.model.newest
-        if version not in entry.model.versions:
-            if version in entry.past_versions:
-                raise ModelNotReady(f"Request for unknown model: '{shown}' version {version} is not at ready state")
-            raise ModelNotFound(f"Request for unknown model: '{shown}' version {version} is not found")
-        return entry.model.versions[version]
+            raise ModelNotFound(f"Request for unknown model: '{name[:160]}' is not found")
+        return entry.served(name, version)
+
+    def part(self, name: str, version: int | None = None) -> ServedModel:
+        """As `served`, for ensembles: they finish what they have also while the server shuts down. No aliases."""
+        if name not in self._entries:
+            raise ModelNotFound(f"Request for unknown model: '{name[:160]}' is not found")
+        return self._entries[name].served(name, version)
 
     def ready_models(self) -> list[LoadedModel]:
         """All that can be used now, by name."""
@@ -195,30 +199,36 @@ class Registry:
 
         Args:
             name: of a model.
-            override: in place of what lies in the repository.
+            override: in place of what lies in the repository, until the files there change.
             only_if_changed: leave a model alone that serves from the files as they are.
 
         Raises:
+            InvalidRequest: `override` cannot be used; nothing was changed.
             ModelNotFound: no such model in the repository.
-            ModelNotReady: it cannot be loaded; the message says why. Old versions go on serving.
+            ModelNotReady: it cannot be loaded (`lifecycle.LoadFailed` says why). Old versions go on serving.
         """
-        self._lifecycle.check_open()
         name = self._aliases.get(name, name)
-        if name not in self._entries or self._entries[name].loading is None:
+        if override is not None:
+            override = await asyncio.to_thread(check_override, name, override)
+        while True:
+            self._lifecycle.check_open()
             await self.refresh()
             self._lifecycle.check_open()
-        if override is not None and override.files and name not in self._entries:
-            self._entries[name] = Entry(IndexEntry(name=name, versions=[], family="tensors"))
-        entry = self._entry(name)
-        if override is None and only_if_changed and entry.model is not None:
-            if entry.tried_fingerprint == entry.facts.fingerprint:
+            if override is not None and override.files and name not in self._entries:
+                self._entries[name] = Entry(IndexEntry(name=name, versions=[], family="tensors"))
+            entry = self._entry(name)
+            if override is None and only_if_changed and self._lifecycle.is_current(entry):
+                assert entry.model is not None
                 return entry.model
-            entry.override = None
-        if override is not None:
-            while entry.loading is not None:
-                await asyncio.wait([entry.loading])
+            if entry.loading is None or (override is None and not self._is_out_of_date(entry)):
+                break
+            await asyncio.wait([entry.loading])
         model: LoadedModel = await asyncio.shield(self._lifecycle.begin_load(entry, override))
         return model
+
+    def _is_out_of_date(self, entry: Entry) -> bool:
+        """The load under way is of other files than those that lie there now."""
+        return entry.tried_fingerprint != self._lifecycle.fingerprint(entry)
 
     async def unload(self, name: str, *, unload_dependents: bool = False) -> None:
         """Take no more requests for the model, finish those it has up to the drain limit, and free it.
@@ -254,17 +264,9 @@ class Registry:
             reasons.append("the server is starting")
         if self._is_draining:
             reasons.append("the server is shutting down")
-        entries = sorted(self._entries.items())
-        for name, entry in entries:
-            if self._is_strict and entry.is_needed and entry.state is not ModelState.READY:
-                reasons.append(f"model {name} is {entry.state.lower()}")
-        for name, entry in entries:
-            served = entry.model.versions.values() if entry.model is not None else ()
-            if not all(each.is_alive for each in served):
-                reasons.append(f"the engine of model {name} stopped")
-            elif any(each.stalled_s > STALLED_S for each in served):
-                reasons.append(f"the engine of model {name} makes no progress")
-        return reasons
+        if self._is_strict:
+            reasons += missing(self._entries, self._lifecycle.needed)
+        return reasons + stuck(self._entries)
 
     def is_ready(self) -> bool:
         """Accepting, every startup model READY (where that is asked for), and every engine alive and moving."""
@@ -277,11 +279,7 @@ class Registry:
 
     def startup_failures(self) -> dict[str, str]:
         """Models of the start that could not be loaded, with the reason. After `start`."""
-        return {
-            name: entry.reason
-            for name, entry in sorted(self._entries.items())
-            if entry.is_needed and entry.state is ModelState.UNAVAILABLE
-        }
+        return failures(self._entries, self._lifecycle.needed)
 
     async def drain(self, grace_s: float, timeout_s: float) -> None:
         """Shut down in order.
@@ -333,10 +331,8 @@ class Registry:
         rows = []
         for _, entry in sorted(self._entries.items()):
             is_new = not entry.was_wanted and entry.facts.family in FAMILIES
-            versions = set() if is_new else {*entry.past_versions, *entry.facts.versions}
-            rows += describe_versions(
-                entry.facts.name, versions, entry.model, None if is_new else entry.state, entry.reason
-            )
+            versions, state = (set(), None) if is_new else (entry.known_versions, entry.state)
+            rows += describe_versions(entry.facts.name, versions, entry.model, state, entry.reason)
         return rows
 
     def list(self) -> "list[ModelStatus]":

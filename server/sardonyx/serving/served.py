@@ -45,6 +45,8 @@ class ModelOverride(msgspec.Struct, frozen=True, kw_only=True):
     """A ModelConfig as JSON, in place of config.pbtxt."""
     files: dict[str, bytes] = {}
     """By path in the model's folder, ``1/model.onnx``. With any, the model consists of nothing else."""
+    depends_on: tuple[str, ...] = ()
+    """Models that the config's ensemble is made of."""
 
 
 class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,8 +54,8 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
 
     versions: "dict[int, ServedModel]"
     """At least one, ascending."""
-    fingerprint: str = ""
-    """Of the files that it was loaded from."""
+    depends_on: tuple[str, ...] = ()
+    """Models that it is made of, where it is an ensemble."""
 
     @property
     def newest(self) -> "ServedModel":

@@ -181,9 +181,7 @@ def _providers(placement: TensorConfig, gpu: int | None, folder: Path) -> list[E
         if on_gpu and gpu is None:
             continue
         # Otherwise ONNX Runtime would take relative paths from the working directory.
-        options = {
-            key: str(folder / value) if key in PATH_OPTIONS else value for key, value in choice.options.items()
-        }
+        options = {key: str(folder / value) if key in PATH_OPTIONS else value for key, value in choice.options.items()}
         chosen.append(execution_provider(choice.name, {**options, "device_id": str(gpu)} if on_gpu else options))
     if not any(each.name == "cpu" for each in chosen):
         chosen.append(execution_provider("cpu"))

@@ -4,9 +4,11 @@ Floor 4. What a caller may set beside the text comes as request parameters (so `
 or together in the tensor ``sampling_parameters``.
 """
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Annotated, Any
 
 import msgspec
@@ -120,14 +122,15 @@ class TextTensorModel:
                 "generate_stream or ModelStreamInfer",
                 param="stream",
             )
-        async for answer in self._answers(asked):
-            return answer
-        raise AssertionError("a call has an answer")
+        # To the end: what comes after the answer is counted.
+        (answer,) = [each async for each in self._answers(asked)]
+        return answer
 
     async def stream(self, call: InferCall) -> AsyncIterator[InferAnswer]:
         """The completion in pieces where the call says ``stream``, else as a whole."""
-        async for answer in self._answers(_Asked(call, self.name)):
-            yield answer
+        async with aclosing(self._answers(_Asked(call, self.name))) as answers:
+            async for answer in answers:
+                yield answer
 
     def stop_generation(self, request_id: str | None = None) -> int:
         """End one call, or all of them."""
@@ -141,7 +144,7 @@ class TextTensorModel:
         """See `TextModel.close`."""
         await self.text.close()
 
-    async def _answers(self, asked: "_Asked") -> AsyncIterator[InferAnswer]:
+    async def _answers(self, asked: "_Asked") -> AsyncGenerator[InferAnswer, None]:
         started_ns = time.perf_counter_ns()
         self.statistics.num_pending += 1
         try:
@@ -153,6 +156,9 @@ class TextTensorModel:
                 generation.abort()
         except ServeError:
             self.statistics.observe_failure("OTHER", time.perf_counter_ns() - started_ns)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):  # the caller left, within an answer or between two
+            self.statistics.observe_failure("CANCELED", time.perf_counter_ns() - started_ns)
             raise
         finally:
             self.statistics.num_pending -= 1

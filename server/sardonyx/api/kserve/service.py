@@ -35,6 +35,7 @@ from sardonyx.errors import (
     ServeError,
     UnsupportedFeature,
 )
+from sardonyx.serving.lifecycle import LoadFailed
 from sardonyx.serving.registry import ModelState, Registry
 from sardonyx.serving.served import InferAnswer, InferCall, ModelOverride, ServedModel
 from sardonyx.settings import Settings
@@ -190,10 +191,11 @@ class InferenceService:
         try:
             await self._registry.load(name, override, only_if_changed=True)
         except ModelNotFound:
-            message = f"failed to load '{name[:160]}', failed to poll from model repository"
-            raise InvalidRequest(message, param="model") from None
-        except ModelNotReady:
-            raise InvalidRequest(self._load_failure(name), param="model") from None
+            raise _failed_poll(name) from None
+        except InvalidRequest as error:
+            raise _failed_poll(name, error.message) from None
+        except LoadFailed as error:
+            raise InvalidRequest(self._load_failure(name, error.reason), param="model") from None
 
     async def unload(self, name: str, *, unload_dependents: bool = False) -> None:
         """Unload, after the accepted requests. An unknown model is no error. Raises ModelNotReady as `load`."""
@@ -327,19 +329,14 @@ class InferenceService:
         if files and not self._settings.allow_file_override:
             raise PermissionDenied("the operator has not set allow_file_override")
         if files and config is None:
-            raise InvalidRequest(
-                f"failed to load '{name[:160]}', failed to poll from model repository: files need a config beside them",
-                param="config",
-            )
+            raise _failed_poll(name, "files need a config beside them")
         return None if config is None else ModelOverride(config=config, files=files)
 
-    def _load_failure(self, name: str) -> str:
-        """As Triton tells it: the versions with their reasons."""
-        rows = [row for row in self._registry.version_index() if row.name == name and row.reason]
-        told = "".join(
-            f"version {row.version or 1} is at {ModelState.UNAVAILABLE} state: {row.reason};" for row in rows
-        )
-        return f"load failed for model '{name}': {told or 'the server is shutting down'}"
+    def _load_failure(self, name: str, reason: str) -> str:
+        """As Triton tells it: the versions with the reason."""
+        versions = [row.version or 1 for row in self._registry.version_index() if row.name == name] or [1]
+        told = "".join(f"version {version} is at {ModelState.UNAVAILABLE} state: {reason};" for version in versions)
+        return f"load failed for model '{name[:160]}': {told}"
 
     def _check_control(self) -> None:
         if self._settings.model_control_mode != "explicit":
@@ -358,6 +355,12 @@ class InferenceService:
     def _check_known(self, name: str) -> None:
         if name and not any(row.name == name for row in self._registry.version_index()):
             raise ModelNotFound(f"Request for unknown model : {name[:160]}")
+
+
+def _failed_poll(name: str, reason: str = "") -> InvalidRequest:
+    """What was asked to be loaded is not there, or is wrong in itself."""
+    message = f"failed to load '{name[:160]}', failed to poll from model repository"
+    return InvalidRequest(f"{message}: {reason}" if reason else message, param="model")
 
 
 def _version(model_name: str, text: str) -> int | None:

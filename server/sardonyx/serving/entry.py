@@ -1,0 +1,81 @@
+"""One name of the registry: what lies on disk, what serves, and what is under way.
+
+Floor 4. Changed by `lifecycle` alone, but for `facts`.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from sardonyx.errors import ModelNotFound, ModelNotReady
+from sardonyx.repository.index import IndexEntry
+from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
+from sardonyx.serving.status import ModelState
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """All but `lock` changes between awaits only."""
+
+    facts: IndexEntry
+    state: ModelState = ModelState.UNAVAILABLE
+    reason: str = "not loaded"
+    model: LoadedModel | None = None
+    """What requests get; set exactly while READY."""
+    loaded_fingerprint: str = ""
+    """Of what `model` was loaded from; see `Lifecycle.fingerprint`."""
+    override: ModelOverride | None = None
+    """What the load of `model` brought along."""
+    override_fingerprint: str = ""
+    """Of the files in whose place it came."""
+    was_wanted: bool = False
+    """A load was begun at some time."""
+    tried_fingerprint: str = ""
+    """Of what the last load was from; empty where it brought something along."""
+    past_versions: set[int] = field(default_factory=set)
+    """Served at some time."""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever loads or unloads."""
+    loading: "asyncio.Task[LoadedModel] | None" = None
+    """The load that others who ask for one may wait for as well."""
+    awaited: tuple[str, ...] = ()
+    """Parts of the ensemble that is being loaded."""
+    is_stopped: bool = False
+    """An ensemble that went only because a part did; the part will bring it back."""
+
+    def served(self, name: str, version: int | None) -> ServedModel:
+        """A version that serves, the highest where none is named. The words are Triton's.
+
+        Args:
+            name: as the caller calls the model.
+
+        Raises:
+            ModelNotFound: there never was such a version.
+            ModelNotReady: it cannot be used now.
+        """
+        asked = f"Request for unknown model: '{name[:160]}'"
+        if self.model is None:
+            if version is not None and version not in {*self.past_versions, *self.facts.versions}:
+                raise ModelNotFound(f"{asked} version {version} is not found")
+            reason = f": {self.reason}" if self.reason else ""
+            raise ModelNotReady(f"{asked} has no available versions{reason}")
+        if version is None:
+            return self.model.newest
+        if version not in self.model.versions:
+            if version in self.past_versions:
+                raise ModelNotReady(f"{asked} version {version} is not at ready state")
+            raise ModelNotFound(f"{asked} version {version} is not found")
+        return self.model.versions[version]
+
+    @property
+    def known_versions(self) -> set[int]:
+        """For the index. What lies on disk and was not loaded yet is no version beside those that serve."""
+        return {*self.past_versions, *(self.facts.versions if self.model is None else ())}
+
+    @property
+    def serving_parts(self) -> tuple[str, ...]:
+        """What the ensemble that serves is made of."""
+        return self.model.depends_on if self.model is not None else ()
+
+    def any_parts(self) -> set[str]:
+        """What an ensemble is made of: as it is being loaded, as it serves, as it lies on disk."""
+        return {*self.awaited, *self.serving_parts, *self.facts.depends_on}
