@@ -31,6 +31,7 @@ from sardonyx.errors import (
     InvalidRequest,
     ModelNotFound,
     ModelNotReady,
+    PayloadTooLarge,
     PermissionDenied,
     ServeError,
     UnsupportedFeature,
@@ -255,7 +256,9 @@ class InferenceService:
         self._shared_memory.unregister()
 
     def _call(self, request: WireRequest) -> InferCall:
-        inputs = [self._tensor(each) if isinstance(each, SharedInput) else each for each in request.inputs]
+        inputs = [
+            self._tensor(each, request.model_name) if isinstance(each, SharedInput) else each for each in request.inputs
+        ]
         outputs = [each.name for each in request.outputs]
         if not request.parameters:
             return InferCall(inputs=inputs, outputs=outputs, id=request.id)
@@ -270,10 +273,19 @@ class InferenceService:
             parameters=known.others,
         )
 
-    def _tensor(self, shared: SharedInput) -> Tensor:
+    def _tensor(self, shared: SharedInput, model_name: str) -> Tensor:
         self._check_shared_memory()
+        # Before it is read: a file of any size costs the client that registered it nothing.
+        if shared.data.size_bytes > self._settings.max_inflight_tensor_bytes:
+            raise PayloadTooLarge(
+                f"input '{shared.name}' in shared memory is larger than {self._settings.max_inflight_tensor_bytes:,} "
+                "bytes, which is max_inflight_tensor_bytes",
+                param="inputs",
+            )
         data = self._shared_memory.read(shared.data.region, shared.data.offset, shared.data.size_bytes)
-        return codec.from_raw(data, name=shared.name, datatype=shared.datatype, shape=shared.shape)
+        return codec.from_raw(
+            data, name=shared.name, datatype=shared.datatype, shape=shared.shape, model_name=model_name
+        )
 
     def _reply(self, request: WireRequest, model: ServedModel, answer: InferAnswer) -> WireReply:
         outputs: list[Tensor | SharedOutput] = list(answer.outputs)
