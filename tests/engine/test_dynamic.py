@@ -89,6 +89,30 @@ def test_preferred_size_goes_at_once():
     assert schedule(policy) == [3, 4, 5, 6]
 
 
+def test_batch_is_ready_when_another_shape_comes():
+    policy = make_policy(max_queue_delay_s=1.0)
+    add(policy, 1, batch_key="a")
+    assert schedule(policy) == []
+    add(policy, 2, batch_key="b")
+    assert policy.is_ready(0, 0.0)
+    assert schedule(policy) == [1]
+
+
+def test_nobody_is_woken_for_a_batch_that_only_lacks_an_instance():
+    policy = make_policy(max_queue_delay_s=1.0)
+    add(policy, 1)
+    assert policy.wake_at_s(0.5) == 1.0
+    assert policy.wake_at_s(1.0) is None
+
+
+def test_batch_is_not_ready_when_a_request_comes_that_does_not_fill_it():
+    policy = make_policy(max_queue_delay_s=1.0)
+    add(policy, 1)
+    assert schedule(policy) == []
+    add(policy, 2)
+    assert not policy.is_ready(0, 0.0)
+
+
 def test_late_batch_goes_beyond_the_preferred_size():
     policy = make_policy(preferred_batch_sizes=(4,), max_queue_delay_s=1.0)
     add(policy, *range(6))
@@ -227,3 +251,15 @@ def test_time_limits_of_requests_that_are_gone_take_no_space():
         add(policy, request_id)
         policy.abort(request_id, 0.0)
     assert len(policy._queue._expiries) < 100
+
+
+def test_delayed_request_stays_delayed_when_old_time_limits_are_dropped():
+    delay = QueuePolicy(timeout_action="delay", default_timeout_s=1.0)
+    policy = make_policy(default_queue_policy=delay)
+    add(policy, 0)
+    policy.expire(1.0)
+    for request_id in range(1, 100):
+        add(policy, request_id, now_s=2.0)
+        policy.abort(request_id, 2.0)
+    policy.expire(9.0)
+    assert schedule(policy, 9.0) == [0]

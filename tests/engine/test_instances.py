@@ -199,6 +199,17 @@ def test_late_request_is_refused_while_all_instances_are_busy(make_bench):
     assert bench.inbox.ids == [2]
 
 
+def test_earlier_time_limit_is_kept_when_a_later_one_is_watched(make_bench):
+    gate = Gate()
+    bench = make_bench(gate, default_queue_policy=QueuePolicy(default_timeout_s=999, allows_timeout_override=True))
+    bench.submit(1)
+    gate.wait()
+    bench.submit(2)
+    bench.submit(3, timeout_s=0.01)
+    bench.inbox.wait_for(3)
+    assert bench.inbox.ids == [3]
+
+
 def test_request_is_refused_when_the_queue_is_full(make_bench):
     gate = Gate()
     bench = make_bench(gate, default_queue_policy=QueuePolicy(max_queue_size=1))
@@ -345,6 +356,15 @@ def test_loop_dies_when_steps_fail_one_after_the_other(make_bench):
         bench.submit(9)
     bench.loop.close(TIMEOUT_S)
     assert bench.runner.num_closed == 1
+
+
+def test_loop_lives_when_steps_fail_now_and_then(make_bench):
+    steps = iter([fail, lambda batch, instance: None] * 3)
+    bench = make_bench(lambda batch, instance: next(steps)(batch, instance), max_failed_steps=2)
+    for request_id in range(6):
+        bench.run(request_id)
+    assert bench.loop.is_alive
+    assert bench.loop.stats().num_failed_steps == 3
 
 
 @pytest.mark.parametrize("method", ["schedule", "update", "take_refused"])
