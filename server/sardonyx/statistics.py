@@ -10,9 +10,29 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sardonyx.errors import (
+    DeadlineExceeded,
+    EngineDead,
+    EngineError,
+    ModelNotReady,
+    Overloaded,
+    RequestAborted,
+    ServeError,
+)
 from sardonyx.tensors import InferenceTimes
 
 FailureReason = Literal["REJECTED", "CANCELED", "BACKEND", "OTHER"]
+
+
+def failure_reason(error: ServeError) -> FailureReason:
+    """Triton's word for why a request failed."""
+    if isinstance(error, Overloaded | ModelNotReady):
+        return "REJECTED"
+    if isinstance(error, RequestAborted | DeadlineExceeded):
+        return "CANCELED"
+    if isinstance(error, EngineError | EngineDead):
+        return "BACKEND"
+    return "OTHER"
 
 
 @dataclass(slots=True)
@@ -89,9 +109,10 @@ class InferenceStatistics:
         self.compute_output.add(times.compute_output_ns)
 
     def observe_cache_hit(self, *, total_ns: int, lookup_ns: int) -> None:
-        """A request was answered from the response cache: neither queued nor computed."""
+        """A request was answered from the response cache: not computed, and queued for no time."""
         self.last_inference_ms = time.time_ns() // 1_000_000
         self.success.add(total_ns)
+        self.queue.add(0)  # whose count is that of the successes
         self.cache_hit.add(lookup_ns)
 
     def observe_execution(self, batch_size: int, times: InferenceTimes) -> None:

@@ -76,31 +76,57 @@ class TensorModelRunner:
         """Run one step.
 
         A request that is alone is run on its own arrays; several are copied into one array an input. Answers of a
-        batch are views of its arrays.
+        batch are views of its arrays. Rows whose states have grown to different sizes do not fit one array: they run
+        one group after the other, and an error is then its group's alone.
 
         Raises:
-            EngineError: the session failed, or an output lacks the batch axis.
+            EngineError: the session failed, or an output has not the shape that the config says.
         """
-        started_ns = time.perf_counter_ns()
-        requests = batch.requests
-        wanted = _wanted(requests)
-        inputs = self._inputs(batch.rows)
-        num_wanted = len(wanted)
-        if self._graph.states:
-            wanted += [state.output_name for state in self._graph.states if state.output_name not in wanted]
-        joined_ns = time.perf_counter_ns()
-        outputs = self._sessions[instance].run(inputs, wanted)
-        ran_ns = time.perf_counter_ns()
-        if self._graph.states:
-            self._keep_states(batch.rows, outputs)
-        results = self._split(batch.rows, {name: outputs[name] for name in wanted[:num_wanted]})
-        times = InferenceTimes(joined_ns - started_ns, ran_ns - joined_ns, time.perf_counter_ns() - ran_ns)
+        groups = self._groups(batch.rows)
+        if len(groups) == 1:
+            return self._run(batch.rows, instance)
+        results: list[dict[str, Array] | ServeError] = [{} for _ in batch.rows]
+        times = InferenceTimes()
+        for indexes in groups:
+            rows = [batch.rows[index] for index in indexes]
+            if all(row.request is None for row in rows):
+                continue
+            try:
+                output = self._run(rows, instance)
+            except EngineError as error:
+                output = TensorOutput([error for _ in rows], InferenceTimes())
+            times = _sum(times, output.times)
+            for index, result in zip(indexes, output.results, strict=True):
+                results[index] = result
         return TensorOutput(results, times)
 
     def close(self) -> None:
         """Free the sessions."""
         for session in set(self._sessions):
             session.close()
+
+    def _groups(self, rows: list[TensorRow]) -> list[list[int]]:
+        """Indexes of rows that can share a run: their states have the same shapes."""
+        groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+        for index, row in enumerate(rows):
+            shapes = tuple(self._state_of(state, row).shape for state in self._graph.states)
+            groups.setdefault(shapes, []).append(index)
+        return list(groups.values())
+
+    def _run(self, rows: list[TensorRow], instance: int) -> TensorOutput:
+        started_ns = time.perf_counter_ns()
+        requests = [row.request for row in rows if row.request is not None]
+        wanted = _wanted(requests)
+        inputs = self._inputs(rows)
+        states = [state.output_name for state in self._graph.states if state.output_name not in wanted]
+        joined_ns = time.perf_counter_ns()
+        outputs = self._sessions[instance].run(inputs, [*wanted, *states])
+        ran_ns = time.perf_counter_ns()
+        self._check_batch(outputs, sum(row.request.batch_size if row.request else 1 for row in rows))
+        self._keep_states(rows, outputs)
+        results = self._split(rows, {name: self._outside(name, outputs[name]) for name in wanted})
+        times = InferenceTimes(joined_ns - started_ns, ran_ns - joined_ns, time.perf_counter_ns() - ran_ns)
+        return TensorOutput(results, times)
 
     def _inputs(self, rows: list[TensorRow]) -> dict[str, Array]:
         graph = self._graph
@@ -112,7 +138,8 @@ class TensorModelRunner:
         for control in graph.controls:
             inputs[control.name] = self._control(control, rows)
         for state in graph.states:
-            inputs[state.input_name] = self._state(state, rows)
+            values = [self._state_of(state, row) for row in rows]
+            inputs[state.input_name] = values[0] if len(values) == 1 else np.concatenate(values)
         return inputs
 
     def _control(self, control: Control, rows: list[TensorRow]) -> Array:
@@ -124,16 +151,14 @@ class TensorModelRunner:
         array = np.array(values, DATATYPES[control.datatype].array)
         return array.reshape(-1, 1) if self._graph.is_batching else array
 
-    def _state(self, state: State, rows: list[TensorRow]) -> Array:
-        values = []
-        for row in rows:
-            sequence, request = row.sequence, row.request
-            is_first = request is None or request.sequence is None or request.sequence.is_start
-            kept = None if is_first or sequence is None else sequence.state.get(state.input_name)
-            if kept is None:
-                kept = state.initial[np.newaxis] if self._graph.is_batching else state.initial
-            values.append(kept)
-        return values[0] if len(values) == 1 else np.concatenate(values)
+    def _state_of(self, state: State, row: TensorRow) -> Array:
+        """What the row's last step left, or the initial value."""
+        sequence, request = row.sequence, row.request
+        is_first = request is None or request.sequence is None or request.sequence.is_start
+        kept = None if is_first or sequence is None else sequence.state.get(state.input_name)
+        if kept is None:
+            return state.initial[np.newaxis] if self._graph.is_batching else state.initial
+        return kept
 
     def _keep_states(self, rows: list[TensorRow], outputs: dict[str, Array]) -> None:
         for state in self._graph.states:
@@ -145,14 +170,8 @@ class TensorModelRunner:
                     row.sequence.state[state.input_name] = part.copy()
 
     def _split(self, rows: list[TensorRow], outputs: dict[str, Array]) -> list[dict[str, Array] | ServeError]:
-        graph = self._graph
-        for name, reshape in graph.reshapes.items():
-            if name in outputs:
-                outputs[name] = _reshape(outputs[name], reshape.inside, reshape.outside, graph.is_batching)
-        if len(rows) == 1 and rows[0].request is not None:
-            self._check_batch(outputs, rows[0].request.batch_size)
+        if len(rows) == 1:
             return [outputs]
-        self._check_batch(outputs, sum(row.request.batch_size if row.request else 1 for row in rows))
         results: list[dict[str, Array] | ServeError] = []
         start = 0
         for row in rows:
@@ -164,6 +183,19 @@ class TensorModelRunner:
             results.append({name: outputs[name][start:stop] for name in row.request.outputs})
             start = stop
         return results
+
+    def _outside(self, name: str, array: Array) -> Array:
+        """An output as callers see it."""
+        reshape = self._graph.reshapes.get(name)
+        if reshape is None:
+            return array
+        try:
+            return _reshape(array, reshape.inside, reshape.outside, self._graph.is_batching)
+        except ValueError:
+            raise EngineError(
+                f"output '{name}' of model '{self._sessions[0].model_name}' has the shape {list(array.shape)}, which "
+                "the reshape of its config does not fit"
+            ) from None
 
     def _check_batch(self, outputs: dict[str, Array], batch_size: int) -> None:
         if not self._graph.is_batching:
@@ -181,6 +213,14 @@ def _wanted(requests: list[TensorRequest]) -> list[str]:
     if all(request.outputs == first for request in requests):
         return list(first)
     return list(dict.fromkeys(name for request in requests for name in request.outputs))
+
+
+def _sum(one: InferenceTimes, other: InferenceTimes) -> InferenceTimes:
+    return InferenceTimes(
+        one.compute_input_ns + other.compute_input_ns,
+        one.compute_infer_ns + other.compute_infer_ns,
+        one.compute_output_ns + other.compute_output_ns,
+    )
 
 
 def _join(rows: list[TensorRow]) -> dict[str, Array]:

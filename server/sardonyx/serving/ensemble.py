@@ -15,7 +15,7 @@ from sardonyx.errors import ConfigError, EngineError, ModelNotReady, ServeError
 from sardonyx.repository.tensor_config import EnsembleStep
 from sardonyx.serving.served import InferAnswer, InferCall, ServedModel
 from sardonyx.serving.tensor_checks import TensorSignature
-from sardonyx.statistics import InferenceStatistics
+from sardonyx.statistics import InferenceStatistics, failure_reason
 from sardonyx.tensors import InferenceTimes, Tensor, TensorMetadata
 
 Resolve = Callable[[str, int | None], ServedModel]
@@ -117,8 +117,10 @@ class EnsembleModel:
     async def close(self) -> None:
         """End what is left with ModelNotReady. Idempotent."""
         self._is_draining = True
-        for task in list(self._calls):
+        calls = list(self._calls)
+        for task in calls:
             task.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
 
     def discard(self) -> None:
         """There is nothing to free."""
@@ -132,8 +134,11 @@ class EnsembleModel:
             missing = [name for name in bound.outputs if name not in tensors]
             if missing:
                 raise EngineError(f"ensemble '{self.name}' made no output '{missing[0]}'")
-        except ServeError:
-            self.statistics.observe_failure("OTHER", time.perf_counter_ns() - started_ns)
+        except ServeError as error:
+            self.statistics.observe_failure(failure_reason(error), time.perf_counter_ns() - started_ns)
+            raise
+        except asyncio.CancelledError:
+            self.statistics.observe_failure("CANCELED", time.perf_counter_ns() - started_ns)
             raise
         times = InferenceTimes(compute_infer_ns=time.perf_counter_ns() - started_ns)
         self.statistics.observe_success(
@@ -145,12 +150,16 @@ class EnsembleModel:
     async def _run(self, call: InferCall, tensors: dict[str, Tensor], wanted: set[str]) -> None:
         """Run every step that the wanted tensors need, each as soon as its inputs are there."""
         waiting = _needed(self._version.steps, wanted)
+        left_out = {each.name for each in self.inputs if each.is_optional} - tensors.keys()
         running: set[asyncio.Task[list[Tensor]]] = set()
+        tasks: list[asyncio.Task[list[Tensor]]] = []
         try:
             while waiting or running:
-                for step in [step for step in waiting if tensors.keys() >= set(step.input_map.values())]:
+                there = tensors.keys() | left_out
+                for step in [step for step in waiting if there.issuperset(step.input_map.values())]:
                     waiting.remove(step)
-                    running.add(asyncio.create_task(self._step(step, call, tensors)))
+                    tasks.append(asyncio.create_task(self._step(step, call, tensors)))
+                    running.add(tasks[-1])
                 if not running:
                     raise EngineError(f"ensemble '{self.name}' waits for tensors that no step makes")
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -159,13 +168,14 @@ class EnsembleModel:
         finally:
             for task in running:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            # Ended ones among them: of several errors at once only the first was read.
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _step(self, step: EnsembleStep, call: InferCall, tensors: dict[str, Tensor]) -> list[Tensor]:
         model = self._resolve(step.model_name, step.model_version)
         answer = await model.infer(
             InferCall(
-                inputs=[_named(tensors[outer], inner) for inner, outer in step.input_map.items()],
+                inputs=[_named(tensors[outer], inner) for inner, outer in step.input_map.items() if outer in tensors],
                 outputs=list(step.output_map),
                 id=call.id,
                 priority=call.priority,

@@ -4,6 +4,7 @@ Floor 4. Names were checked as plain when the config was read; links must not le
 """
 
 import math
+import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from sardonyx.runtime.dtypes import DATATYPES
 from sardonyx.tensors import SequenceControl, TensorBatch, TensorRequest, TensorRow, TensorSequence
 
 MAX_LABEL_BYTES = 16 << 20
+MAX_STATE_ELEMENTS = 1 << 28
+"""Of one initial state. It lives as long as the model, and again for each sequence."""
 _RANDOM_SEED = 0
 
 
@@ -26,7 +29,7 @@ def read_labels(tensors: TensorConfig, folder: Path) -> dict[str, list[str]]:
     """Class names of each output that has a file of them.
 
     Raises:
-        ConfigError: a file that is missing, elsewhere, too large or not UTF-8.
+        ConfigError: a file that is missing, elsewhere or too large.
     """
     return {
         spec.name: _read(folder, spec.label_filename, MAX_LABEL_BYTES).decode(errors="replace").splitlines()
@@ -70,43 +73,60 @@ def warm_up(runner: TensorModelRunner, tensors: TensorConfig, folder: Path) -> N
         ConfigError: a sample's file does not suit it, or a run failed.
     """
     for sample in tensors.warmup:
+        # Each row of a stateful model's batch is a sequence of its own.
+        num_rows = sample.batch_size if tensors.sequences else 1
         request = TensorRequest(
             id=-1,
-            inputs={each.name: _warm_up_input(each, sample, tensors, folder) for each in sample.inputs},
+            inputs={
+                each.name: _warm_up_input(each, sample.batch_size // num_rows, tensors, folder)
+                for each in sample.inputs
+            },
             outputs=tuple(spec.name for spec in tensors.outputs),
-            batch_size=sample.batch_size,
+            batch_size=sample.batch_size // num_rows,
             sequence=SequenceControl(id=1, is_start=True, is_end=True) if tensors.sequences else None,
         )
         for instance in range(len(tensors.instances)):
             for _ in range(sample.count):
-                sequence = TensorSequence(id=1) if tensors.sequences else None
-                try:
-                    runner.execute(TensorBatch([TensorRow(request, sequence)]), instance)
-                except ServeError as error:
-                    raise ConfigError(
-                        f"warm-up sample '{sample.name}' failed: {error.message}", field="model_warmup"
-                    ) from error
+                _run_sample(runner, sample, request, num_rows, instance)
 
 
-def _warm_up_input(each: WarmupInput, sample: WarmupSample, tensors: TensorConfig, folder: Path) -> npt.NDArray[Any]:
+def _run_sample(
+    runner: TensorModelRunner, sample: WarmupSample, request: TensorRequest, num_rows: int, instance: int
+) -> None:
+    sequences = [TensorSequence(id=1) if request.sequence else None for _ in range(num_rows)]
+    try:
+        output = runner.execute(TensorBatch([TensorRow(request, sequence) for sequence in sequences]), instance)
+        for result in output.results:
+            if isinstance(result, ServeError):
+                raise result
+    except ServeError as error:
+        raise ConfigError(f"warm-up sample '{sample.name}' failed: {error.message}", field="model_warmup") from error
+
+
+def _warm_up_input(each: WarmupInput, batch_size: int, tensors: TensorConfig, folder: Path) -> npt.NDArray[Any]:
     datatype = kserve_datatype(each.data_type)
     if each.source == "file":
-        array = _from_file(folder / "warmup", str(each.file_name), datatype, each.dims)
+        array = _from_file(folder, f"warmup/{each.file_name}", datatype, each.dims)
     elif each.source == "random":
         array = _random(datatype, each.dims)
     else:
-        array = _zeros(datatype, each.dims)
-    return np.repeat(array[np.newaxis], sample.batch_size, axis=0) if tensors.max_batch_size else array
+        array = zeros(datatype, each.dims)
+    return np.repeat(array[np.newaxis], batch_size, axis=0) if tensors.max_batch_size else array
 
 
 def _initial_state(state: StateTensor, folder: Path) -> npt.NDArray[Any]:
+    if math.prod(state.initial_dims) > MAX_STATE_ELEMENTS:
+        raise ConfigError(
+            f"the initial state of '{state.input_name}' has more than {MAX_STATE_ELEMENTS:,} elements",
+            field="sequence_batching.state",
+        )
     datatype = kserve_datatype(state.data_type)
     if state.initial_file is None:
-        return _zeros(datatype, state.initial_dims)
-    return _from_file(folder / "initial_state", state.initial_file, datatype, state.initial_dims)
+        return zeros(datatype, state.initial_dims)
+    return _from_file(folder, f"initial_state/{state.initial_file}", datatype, state.initial_dims)
 
 
-def _zeros(datatype: str, dims: tuple[int, ...]) -> npt.NDArray[Any]:
+def zeros(datatype: str, dims: tuple[int, ...]) -> npt.NDArray[Any]:
     return np.full(dims, "", object) if datatype == "BYTES" else np.zeros(dims, DATATYPES[datatype].array)
 
 
@@ -115,7 +135,7 @@ def _random(datatype: str, dims: tuple[int, ...]) -> npt.NDArray[Any]:
     random = np.random.default_rng(_RANDOM_SEED)
     dtype = DATATYPES[datatype].array
     if datatype == "BYTES":
-        return _zeros(datatype, dims)
+        return zeros(datatype, dims)
     if datatype.startswith("FP"):
         return random.random(dims).astype(dtype)
     if datatype == "BF16":
@@ -154,18 +174,19 @@ def _texts(data: bytes, name: str) -> list[str]:
 
 
 def _read(folder: Path, name: str, max_bytes: int) -> bytes:
-    """A file of the model's folder, and at most one byte more than may be."""
+    """A file of the model's folder that has so many bytes at most."""
     path = folder / name
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
-            raise ConfigError("is a link that leads out of its folder", file=str(path))
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+            raise ConfigError("is a link that leads out of the model's folder", file=str(path))
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
+            raise ConfigError("is not a regular file", file=str(path))
+        if status.st_size > max_bytes:
+            raise ConfigError(f"is larger than {max_bytes:,} bytes", file=str(path))
+        return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from error
-    if len(data) > max_bytes:
-        raise ConfigError(f"is larger than {max_bytes:,} bytes", file=str(path))
-    return data
 
 
 def kserve_datatype(data_type: int) -> str:

@@ -78,6 +78,7 @@ class TensorLoader:
                 undo.callback(session.close)
             config, tensors = self._complete(entry.config, opened[0], file)
             runner = TensorModelRunner(opened, tensor_graph(tensors, entry.path))
+            loaded = _version(entry, version, config, tensors, path)
             warm_up(runner, tensors, entry.path)
             inbox = EventInbox()
             loop = InstanceLoop(
@@ -95,7 +96,7 @@ class TensorLoader:
         statistics.load_s = time.monotonic() - started_s
         logger.info("%s: version %d loaded in %.2f s", entry.name, version, statistics.load_s)
         return TensorModel(
-            _version(entry, version, config, tensors, path),
+            loaded,
             loop,
             inbox,
             statistics,

@@ -15,22 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from sardonyx.errors import (
-    DeadlineExceeded,
-    EngineDead,
-    EngineError,
-    InvalidRequest,
-    ModelNotReady,
-    Overloaded,
-    RequestAborted,
-    ServeError,
-    UnsupportedFeature,
-)
+from sardonyx.errors import DeadlineExceeded, InvalidRequest, ModelNotReady, ServeError, UnsupportedFeature
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.response_cache import ResponseCache
 from sardonyx.serving.served import InferAnswer, InferCall
 from sardonyx.serving.tensor_checks import BoundCall, TensorSignature
-from sardonyx.statistics import FailureReason, InferenceStatistics
+from sardonyx.statistics import InferenceStatistics, failure_reason
 from sardonyx.tensors import SequenceControl, Tensor, TensorEvent, TensorMetadata, TensorRequest
 
 logger = logging.getLogger(__name__)
@@ -112,7 +102,6 @@ class TensorModel:
         admission: shared by all tensor models; its tokens are bytes of inputs.
         cache: ``None``: answers are not kept.
         timeout_s: most time of a call.
-        on_close: called once, when the engine is closed.
     """
 
     def __init__(
@@ -219,19 +208,22 @@ class TensorModel:
             )
         bound = self._signature.bind(call)
         sequence = self._sequence(call.sequence) if self._version.is_stateful else None
-        key = None
+        key, lookup_ns = None, 0
         if self._cache is not None:
+            looked_ns = time.perf_counter_ns()
             key = self._cache.key(self.name, self.version, bound.inputs, bound.outputs, generation=self._generation)
-            if (outputs := self._cache.get(key)) is not None:
-                now_ns = time.perf_counter_ns()
-                self.statistics.observe_cache_hit(total_ns=now_ns - started_ns, lookup_ns=now_ns - started_ns)
+            outputs = self._cache.get(key)
+            now_ns = time.perf_counter_ns()
+            lookup_ns = now_ns - looked_ns
+            if outputs is not None:
+                self.statistics.observe_cache_hit(total_ns=now_ns - started_ns, lookup_ns=lookup_ns)
                 return self._answer(outputs, bound.outputs)
         try:
             event = await self._run(call, bound, sequence)
             if event.error is not None:
                 raise event.error
         except ServeError as error:
-            self.statistics.observe_failure(_failure_reason(error), time.perf_counter_ns() - started_ns)
+            self.statistics.observe_failure(failure_reason(error), time.perf_counter_ns() - started_ns)
             raise
         except asyncio.CancelledError:
             self.statistics.observe_failure("CANCELED", time.perf_counter_ns() - started_ns)
@@ -242,7 +234,7 @@ class TensorModel:
         )
         if key is not None and self._cache is not None:
             self._cache.put(key, event.outputs)
-            self.statistics.cache_miss.add(time.perf_counter_ns() - ended_ns)
+            self.statistics.cache_miss.add(lookup_ns + time.perf_counter_ns() - ended_ns)
         return self._answer(event.outputs, bound.outputs)
 
     async def _run(self, call: InferCall, bound: BoundCall, sequence: SequenceControl | None) -> TensorEvent:
@@ -331,12 +323,3 @@ class TensorModel:
         if not self._num_active:
             self._is_idle.set()
 
-
-def _failure_reason(error: ServeError) -> FailureReason:
-    if isinstance(error, Overloaded | ModelNotReady):
-        return "REJECTED"
-    if isinstance(error, RequestAborted | DeadlineExceeded):
-        return "CANCELED"
-    if isinstance(error, EngineError | EngineDead):
-        return "BACKEND"
-    return "OTHER"

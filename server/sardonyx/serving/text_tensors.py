@@ -22,7 +22,7 @@ from sardonyx.serving.generation import Generation
 from sardonyx.serving.options import GenerationOptions
 from sardonyx.serving.served import InferAnswer, InferCall
 from sardonyx.serving.text import TextModel
-from sardonyx.statistics import InferenceStatistics
+from sardonyx.statistics import InferenceStatistics, failure_reason
 from sardonyx.tensors import InferenceTimes, Parameter, Tensor, TensorMetadata
 
 INPUTS = (
@@ -154,8 +154,8 @@ class TextTensorModel:
                     yield answer
             finally:
                 generation.abort()
-        except ServeError:
-            self.statistics.observe_failure("OTHER", time.perf_counter_ns() - started_ns)
+        except ServeError as error:
+            self.statistics.observe_failure(failure_reason(error), time.perf_counter_ns() - started_ns)
             raise
         except (asyncio.CancelledError, GeneratorExit):  # the caller left, within an answer or between two
             self.statistics.observe_failure("CANCELED", time.perf_counter_ns() - started_ns)

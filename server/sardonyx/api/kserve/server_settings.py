@@ -5,6 +5,7 @@ Floor 5. No file can be named over the network: what a caller could append to wo
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from sardonyx.api.kserve.calls import LogSettings, TraceSettings
 from sardonyx.errors import InvalidRequest, UnsupportedFeature
 
 _LEVELS = frozenset({"OFF", "TIMESTAMPS", "TENSORS"})
+_NUMBERS = {"trace_rate": 1, "trace_count": -1, "log_frequency": 0}
+"""Settings that are numbers, with the lowest."""
+_NUMBER = re.compile(r"-?[0-9]{1,10}")
 _LEVEL_SWITCHES = {"log_error": logging.ERROR, "log_warning": logging.WARNING, "log_info": logging.INFO}
 
 
@@ -40,11 +44,11 @@ class ServerTrace:
             InvalidRequest: an unknown setting or a bad value.
             UnsupportedFeature: the trace file.
         """
-        values = {key: None if texts is None else _trace_value(key, texts) for key, texts in changes.items()}
         if "trace_file" in changes:
             raise UnsupportedFeature("trace file location can not be updated through network protocol")
         for key in changes.keys() - set(TraceSettings.__struct_fields__):
             raise InvalidRequest(f"Unknown trace setting '{key[:80]}'", param=key[:80])
+        values = {key: None if texts is None else _trace_value(key, texts) for key, texts in changes.items()}
         if name:
             own = self._models.setdefault(name, {})
             for key, value in values.items():
@@ -97,12 +101,10 @@ def _trace_value(key: str, texts: list[str]) -> Any:
             raise InvalidRequest(f"trace_level: expected some of {', '.join(sorted(_LEVELS))}", param=key)
         return list(texts)
     if len(texts) != 1:
-        raise InvalidRequest(f"expect only 1 value for '{key[:80]}'", param=key[:80])
+        raise InvalidRequest(f"expect only 1 value for '{key}'", param=key)
     text = texts[0]
-    if key in {"trace_rate", "trace_count", "log_frequency"}:
-        lowest = {"trace_rate": 1, "trace_count": -1, "log_frequency": 0}[key]
-        if not text.lstrip("-").isdecimal() or int(text) < lowest or int(text) >= 1 << 31:
-            raise InvalidRequest(f"{key}: expected a whole number from {lowest}, not '{text[:40]}'", param=key)
+    if key in _NUMBERS and not (_NUMBER.fullmatch(text) and _NUMBERS[key] <= int(text) < 1 << 31):
+        raise InvalidRequest(f"{key}: expected a whole number from {_NUMBERS[key]}, not '{text[:40]}'", param=key)
     if key == "trace_mode" and text not in {"triton", "opentelemetry"}:
         raise InvalidRequest("trace_mode: expected triton or opentelemetry", param=key)
     return text
@@ -118,7 +120,7 @@ def _check_log_value(key: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
             raise InvalidRequest("log_verbose_level: expected a whole number from 0", param=key)
     elif key == "log_format":
-        if value not in {"default", "ISO8601"}:
+        if value not in ("default", "ISO8601"):  # a value without hash is no text either
             raise InvalidRequest("log_format: expected default or ISO8601", param=key)
     else:
         raise InvalidRequest(f"Unknown log setting '{key[:80]}'", param=key[:80])
