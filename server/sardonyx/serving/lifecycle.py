@@ -7,6 +7,7 @@ ensemble before it takes a lock, and no two can wait for each other.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
@@ -68,8 +69,8 @@ class Lifecycle:
     """
 
     def __init__(self, source: ModelSource, entries: dict[str, Entry], unload_timeout_s: float, max_loads: int) -> None:
-        self.live: set[ServedModel] = set()
-        """Loaded and not closed: those in place, and those that finish what they have."""
+        self.live: dict[ServedModel, tuple[str, ...]] = {}
+        """Loaded and not closed, with the parts of ensembles: those in place, and those that finish what they have."""
         self.needed: set[str] = set()
         """Models that readiness waits for, until they are unloaded."""
         self.is_closed = False
@@ -81,6 +82,17 @@ class Lifecycle:
         """Loads, unloads and closings under way. They go on when the caller who asked for them leaves."""
         self._leaving: dict[asyncio.Task[None], tuple[str, ...]] = {}
         """Ensembles that finish what they have, with the parts that they still need."""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let everything finish, so long at most. Ensembles first: they still send requests to their parts."""
+        deadline_s = time.monotonic() + timeout_s
+        remaining = dict(self.live)
+        while remaining:
+            needed = {part for parts in remaining.values() for part in parts}
+            turn = [model for model in remaining if model.name not in needed] or list(remaining)
+            await asyncio.gather(*(model.drain(max(0.0, deadline_s - time.monotonic())) for model in turn))
+            for model in turn:
+                del remaining[model]
 
     async def close(self) -> None:
         """End everything and free every model, but for loads that take too long. Idempotent."""
@@ -131,7 +143,7 @@ class Lifecycle:
                     entry.state, entry.reason = ModelState.LOADING, ""
                 async with self._load_slots:
                     model = await asyncio.to_thread(self._source.load, entry.facts.name, override)
-                self.live.update(model.versions.values())
+                self.live.update(dict.fromkeys(model.versions.values(), model.depends_on))
                 try:
                     self.check_open()
                     self._check_parts(entry, model)
@@ -278,7 +290,7 @@ class Lifecycle:
     async def close_model(self, model: ServedModel) -> None:
         """Free one version, whatever it still does."""
         await model.close()
-        self.live.discard(model)
+        self.live.pop(model, None)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
         """A task that `close` waits for, and that goes on when whoever asked for it leaves."""

@@ -6,13 +6,11 @@ or taken out of it between two awaits, so whoever resolved a name holds a model 
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sardonyx.errors import InvalidRequest, ModelNotFound, ModelNotReady
 from sardonyx.repository.index import DUPLICATE, IndexEntry
-from sardonyx.serving.ensemble import EnsembleModel
 from sardonyx.serving.entry import Entry
 from sardonyx.serving.lifecycle import Lifecycle, ModelSource
 from sardonyx.serving.override import check_override
@@ -290,11 +288,7 @@ class Registry:
         self._is_draining = True
         await asyncio.sleep(grace_s)
         self._is_accepting = False
-        deadline_s = time.monotonic() + timeout_s
-        # Ensembles first: they still send requests to their parts.
-        for are_ensembles in (True, False):
-            models = [model for model in self._lifecycle.live if isinstance(model, EnsembleModel) is are_ensembles]
-            await asyncio.gather(*(model.drain(max(0.0, deadline_s - time.monotonic())) for model in models))
+        await self._lifecycle.drain(timeout_s)
         await self.close()
 
     async def close(self) -> None:
