@@ -64,6 +64,28 @@ def test_fingerprint_changes_with_any_file_of_the_model(repository, publish):
     assert len(set(seen)) == 5
 
 
+def test_fingerprint_changes_when_a_link_leads_elsewhere(repository, publish):
+    publish("tiny")
+    publish("tiny")
+    link = repository.root / "tiny/3"
+    link.symlink_to("1")
+    first = index(repository)[0].fingerprint
+    link.unlink()
+    link.symlink_to("2")
+    assert index(repository)[0].fingerprint != first
+
+
+def test_a_folder_that_is_changed_while_it_is_read_is_told_as_a_reason(repository, publish, monkeypatch):
+    publish("tiny")
+
+    def vanishes(*_, **__):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr("sardonyx.repository.index.version_problems", vanishes)
+    (entry,) = index(repository)
+    assert (entry.reason, entry.fingerprint) == ("cannot be read: No such file or directory", "")
+
+
 def test_a_name_in_two_repositories_is_served_from_neither():
     first, second = IndexEntry(name="a", versions=[1], fingerprint="1"), IndexEntry(name="a", versions=[2])
     other = IndexEntry(name="b", versions=[1])

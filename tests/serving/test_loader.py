@@ -3,22 +3,29 @@
 import asyncio
 import logging
 import math
+import shutil
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.tiny_models import make_language_model
+from tests.tiny_tensors import config_text, identity, truncated, write_model
 
 from sardonyx.core import FinishReason, SamplingParams
-from sardonyx.errors import ConfigError
+from sardonyx.errors import ConfigError, ModelNotReady
 from sardonyx.metrics import Metrics
+from sardonyx.repository.index import DUPLICATE
 from sardonyx.repository.layout import Repository
 from sardonyx.serving.loader import ModelLoader, build_registry
 from sardonyx.serving.memory import KvBudget
 from sardonyx.serving.registry import Registry
+from sardonyx.serving.served import InferCall, LoadedModel
 from sardonyx.serving.text import GenerationOptions, TextModel
 from sardonyx.serving.text_tensors import TextTensorModel
 from sardonyx.settings import Settings
+from sardonyx.tensors import Tensor
 
 GREEDY = SamplingParams(temperature=0.0)
 SLOT_BYTES = 2 * 2 * 2 * 16 * 4 * (256 + 64 - 1)
@@ -240,3 +247,149 @@ def test_a_broken_model_is_refused_and_names_the_file(
     with pytest.raises(ConfigError, match=message):
         loader.load("tiny")
     loader.close()
+
+
+# Tensor models and ensembles
+
+
+def run_started(root: Path, names: list[str], test: Callable[[Registry], Awaitable[None]], **options: object) -> None:
+    """As `run_registry`, with some models loaded."""
+
+    async def main() -> None:
+        registry = build_registry(settings(root, **options), Metrics("test"))
+        await registry.start(names)
+        try:
+            await test(registry)
+        finally:
+            await registry.close()
+
+    asyncio.run(main())
+
+
+async def identity_of(registry: Registry, name: str, version: int | None = None) -> list[float]:
+    call = InferCall(inputs=[Tensor("INPUT0", "FP32", np.array([[1, 2]], np.float32))])
+    (output,) = (await registry.served(name, version).infer(call)).outputs
+    return output.array[0].tolist()  # type: ignore[no-any-return]
+
+
+def versions_of(loader: ModelLoader, name: str) -> list[int]:
+    """Loads, and frees what was loaded."""
+    model = loader.load(name)
+    asyncio.run(close(model))
+    return list(model.versions)
+
+
+async def close(model: LoadedModel) -> None:
+    for version in model.versions.values():
+        await version.close()
+
+
+def ensemble_config(*parts: str) -> str:
+    """Parts in a row, each of one input and one output."""
+    steps = []
+    for number, part in enumerate(parts):
+        source = "IN" if number == 0 else f"t{number}"
+        target = "OUT" if number == len(parts) - 1 else f"t{number + 1}"
+        steps.append(
+            f'step {{ model_name: "{part}" model_version: -1 input_map {{ key: "INPUT0" value: "{source}" }} '
+            f'output_map {{ key: "OUTPUT0" value: "{target}" }} }}'
+        )
+    ports = "\n".join(
+        f'{field} {{ name: "{name}" data_type: TYPE_FP32 dims: [ -1 ] }}'
+        for field, name in (("input", "IN"), ("output", "OUT"))
+    )
+    return f'platform: "ensemble"\nmax_batch_size: 8\n{ports}\nensemble_scheduling {{ {" ".join(steps)} }}'
+
+
+def write_ensemble(root: Path, name: str, *parts: str) -> None:
+    (root / name / "1").mkdir(parents=True)
+    (root / name / "config.pbtxt").write_text(ensemble_config(*parts))
+
+
+@pytest.mark.parametrize(
+    ("policy", "versions"),
+    [
+        ("", [4]),
+        ("version_policy { latest { num_versions: 2 } }", [3, 4]),
+        ("version_policy { all { } }", [1, 3, 4]),
+        ("version_policy { specific { versions: [ 1, 2, 3 ] } }", [1, 3]),
+    ],
+)
+def test_the_versions_of_the_policy_are_loaded(tmp_path: Path, policy: str, versions: list[int]) -> None:
+    for version in (1, 3, 4):
+        write_model(tmp_path, "a", identity(), version=version, config=config_text(rest=policy))
+    (tmp_path / "a/05").mkdir()
+    (tmp_path / "a/latest").mkdir()
+
+    async def test(registry: Registry) -> None:
+        assert registry.versions("a") == versions
+        for version in versions:
+            assert await identity_of(registry, "a", version) == [1, 2]
+
+    run_started(tmp_path, ["a"], test)
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_a_model_is_loaded_with_all_its_versions_or_not_at_all(tmp_path: Path, broken: int) -> None:
+    for version in (1, 2):
+        model = truncated(identity()) if version == broken else identity()
+        config = config_text(rest="version_policy { all { } }")
+        write_model(tmp_path, "a", model, version=version, config=config)
+    loader = make_loader(tmp_path, Metrics("test"))
+    num_threads = threading.active_count()
+    with pytest.raises(ConfigError):
+        loader.load("a")
+    assert threading.active_count() == num_threads
+    write_model(tmp_path, "a", identity(), version=broken)
+    assert versions_of(loader, "a") == [1, 2]
+    loader.close()
+
+
+def test_a_model_of_two_repositories_is_served_from_neither(tmp_path: Path) -> None:
+    for repository in ("one", "two"):
+        write_model(tmp_path / repository, "a", identity(), config=config_text())
+    write_model(tmp_path / "two", "b", identity(), config=config_text())
+
+    async def test(registry: Registry) -> None:
+        assert registry.startup_failures() == {"a": DUPLICATE}
+        assert await identity_of(registry, "b") == [1, 2]
+        shutil.rmtree(tmp_path / "one/a")
+        await registry.load("a", only_if_changed=True)
+        assert await identity_of(registry, "a") == [1, 2]
+
+    run_started(tmp_path / "one", ["a", "b"], test, more_repositories=(tmp_path / "two",))
+
+
+def test_an_ensemble_is_loaded_with_its_parts_and_runs_them(tmp_path: Path) -> None:
+    write_model(tmp_path, "a", identity(), config=config_text())
+    write_ensemble(tmp_path, "inner", "a", "a")
+    (tmp_path / "inner/config.pbtxt").write_text(
+        ensemble_config("a", "a").replace('"IN"', '"INPUT0"').replace('"OUT"', '"OUTPUT0"')
+    )
+    write_ensemble(tmp_path, "outer", "inner", "inner")
+
+    async def test(registry: Registry) -> None:
+        call = InferCall(inputs=[Tensor("IN", "FP32", np.array([[1, 2]], np.float32))])
+        (output,) = (await registry.served("outer").infer(call)).outputs
+        assert output.array.tolist() == [[1, 2]]
+        assert sorted(status.name for status in registry.list() if status.state == "READY") == ["a", "inner", "outer"]
+        await registry.unload("a")
+        reasons = [row.reason for row in registry.version_index()]
+        assert reasons == [
+            "unloaded",
+            "model a, on which it depends, was unloaded",
+            "model inner, on which it depends, was unloaded",
+        ]
+
+    run_started(tmp_path, ["outer"], test)
+
+
+def test_ensembles_in_a_circle_are_refused_by_their_names(tmp_path: Path) -> None:
+    write_ensemble(tmp_path, "one", "two")
+    write_ensemble(tmp_path, "two", "one")
+
+    async def test(registry: Registry) -> None:
+        with pytest.raises(ModelNotReady, match="circular dependency between ensembles: one -> two -> one"):
+            await registry.load("one")
+
+    run_started(tmp_path, [], test)
