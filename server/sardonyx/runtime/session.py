@@ -158,6 +158,9 @@ class Session:
         """Initializers that a run may override."""
         specs = (self.inputs, self.outputs, self.optional_inputs)
         self._has_bf16 = any(spec.datatype.name == "BF16" for group in specs for spec in group.values())
+        taken = (*self.inputs.values(), *self.optional_inputs.values())
+        if self._has_bf16 and any(spec.datatype.name == "BYTES" for spec in taken):
+            raise ConfigError("takes strings and has BF16, which ONNX Runtime's Python binding cannot pass together")
 
     def run(
         self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] | None = None
