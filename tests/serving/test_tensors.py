@@ -44,6 +44,9 @@ from sardonyx.serving.served import InferAnswer, InferCall
 from sardonyx.serving.tensors import TensorModel
 from sardonyx.statistics import Duration
 
+BUSY = 50_000
+"""Turns of `tiny_tensors.slow`: about half a second, in which a test can see that it runs."""
+
 
 async def infer(registry: Registry, asked: InferCall, name: str = "m") -> dict[str, Any]:
     return values(await registry.served(name).infer(asked))
@@ -324,7 +327,7 @@ def test_cancelling_a_running_call_lets_the_run_end_and_counts_it(tmp_path: Path
 
     async def test(registry: Registry) -> None:
         model = tensor_model(registry)
-        leaver = asyncio.create_task(model.infer(turns(20_000)))
+        leaver = asyncio.create_task(model.infer(turns(BUSY)))
         await running(model)
         leaver.cancel()
         assert await end_of(leaver) == "CancelledError"
@@ -391,7 +394,7 @@ def test_priorities_decide_who_goes_first(tmp_path: Path) -> None:
             await model.infer(one([[1]] * 8, "INT64", "INPUT", **options))
             ended.append(name)
 
-        busy = asyncio.create_task(model.infer(turns(20_000)))
+        busy = asyncio.create_task(model.infer(turns(BUSY)))
         await running(model)
         tasks = [asyncio.create_task(ask("late"))]
         await waiting(model, 1)
@@ -409,7 +412,8 @@ def test_draining_lets_what_was_accepted_end_and_takes_nothing_more(tmp_path: Pa
     async def test(registry: Registry) -> None:
         model = tensor_model(registry)
         held = [asyncio.create_task(model.infer(turns(5_000))) for _ in range(3)]
-        await until(lambda: model.num_active == 3)
+        await asyncio.sleep(0)
+        assert model.num_active == 3
         drain = asyncio.create_task(model.drain(60))
         await asyncio.sleep(0)  # it begins
         with pytest.raises(ModelNotReady, match="Server is stopping, scheduler for model 'm' has stopped accepting"):
@@ -440,7 +444,7 @@ def test_closing_ends_each_call_once_whether_it_waits_or_runs(tmp_path: Path) ->
 
     async def test(registry: Registry) -> None:
         model = tensor_model(registry)
-        held = [asyncio.create_task(model.infer(turns(20_000))) for _ in range(4)]
+        held = [asyncio.create_task(model.infer(turns(BUSY))) for _ in range(4)]
         await running(model)
         await model.close()
         await model.close()
@@ -516,10 +520,10 @@ def test_instances_of_a_device_share_a_session_and_run_at_once(tmp_path: Path) -
         sessions = model._engine._runner._sessions  # type: ignore[attr-defined]
         assert len(sessions) == 3
         assert len(set(sessions)) == 1
-        tasks = [asyncio.create_task(model.infer(one([[n]] * 8, "INT64", "INPUT"))) for n in (20_000, 20_001, 20_002)]
+        tasks = [asyncio.create_task(model.infer(one([[n]] * 8, "INT64", "INPUT"))) for n in (BUSY, BUSY + 1, BUSY + 2)]
         await running(model, 3)
         ends = await asyncio.gather(*tasks)
-        assert [values(each)["OUTPUT"][0] for each in ends] == [[20_000], [20_001], [20_002]]
+        assert [values(each)["OUTPUT"][0] for each in ends] == [[BUSY], [BUSY + 1], [BUSY + 2]]
 
     run(tmp_path, test)
 
