@@ -58,7 +58,7 @@ def test_every_method_but_the_probes_needs_a_key(channel, path):
 
 def test_the_probes_are_those_of_the_protocols():
     names = {path.rsplit("/", 1)[1] for path in PUBLIC}
-    assert names == {"Check", "Watch", "ServerLive", "ServerReady"}
+    assert names == {"Check", "Watch", "ServerLive", "ServerReady", "ModelReady"}
 
 
 @pytest.mark.parametrize("path", METHODS)

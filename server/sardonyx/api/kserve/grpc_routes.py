@@ -22,9 +22,15 @@ INFERENCE = "inference.GRPCInferenceService"
 HEALTH = "grpc.health.v1.Health"
 
 PUBLIC = frozenset(
-    {f"/{HEALTH}/Check", f"/{HEALTH}/Watch", f"/{INFERENCE}/ServerLive", f"/{INFERENCE}/ServerReady"},
+    {
+        f"/{HEALTH}/Check",
+        f"/{HEALTH}/Watch",
+        f"/{INFERENCE}/ServerLive",
+        f"/{INFERENCE}/ServerReady",
+        f"/{INFERENCE}/ModelReady",
+    }
 )
-"""For probes."""
+"""For probes: what is open over HTTP, too."""
 ADMIN = frozenset(
     f"/{INFERENCE}/{name}"
     for name in (
