@@ -1,9 +1,12 @@
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from tests.conformance.process import ServerProcess, serve
-from tests.conformance.triton import Caller, copy_examples, write_repository
+from tests.conformance.triton import Caller, copy_examples, pending, write_repository
 from tests.tiny_models import TinyDecoder, make_language_model
 
 
@@ -32,6 +35,8 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     flags = ["--id", "triton", "--allow-client-shm", "--allow-setting-updates", "--response-cache-bytes", "1MiB"]
     with serve(repository, repository / "server.log", *flags) as server:
         yield server
+        # Whatever the tests sent, nothing of it may have been a surprise.
+        assert "Traceback" not in server.log()
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +69,23 @@ def grpc(triton: ServerProcess) -> Iterator[Caller]:
     """The one over gRPC."""
     with Caller("grpc", triton) as caller:
         yield caller
+
+
+@pytest.fixture(scope="session")
+def long_run(triton: ServerProcess) -> dict[str, Any]:
+    """Inputs of the model `slow` for a run of a second and a half: what runs is not interrupted, but has to be seen."""
+    num_turns = 20_000
+    with Caller("grpc", triton) as caller:
+        started_s = time.monotonic()
+        caller.infer("slow", {"INPUT": np.array([[num_turns]], np.int64)})
+        duration_s = time.monotonic() - started_s
+    return {"INPUT": np.array([[round(num_turns * 1.5 / duration_s)]], np.int64)}
+
+
+@pytest.fixture
+def idle_slow(triton: ServerProcess) -> Iterator[None]:
+    """The model `slow` has ended what a test began."""
+    yield
+    triton.wait_for(lambda: pending(triton, "slow") == 0)
+    with Caller("grpc", triton) as caller:
+        caller.infer("slow", {"INPUT": np.array([[1]], np.int64)}, client_timeout=60)

@@ -71,6 +71,16 @@ def test_contents_of_the_wrong_kind_are_refused(stub):
     assert "INPUT0" in refusal.value.details()
 
 
+@pytest.mark.parametrize("name", ["triton_final_response", "triton_anything"])
+def test_parameters_of_tritons_own_are_refused(stub, name):
+    request = typed_request("simple", "INT32", "int_contents", range(16), [1] * 16)
+    request.parameters[name].bool_param = True
+    with pytest.raises(grpcio.RpcError) as refusal:
+        stub.ModelInfer(request, timeout=30)
+    assert refusal.value.code() is grpcio.StatusCode.INVALID_ARGUMENT
+    assert "parameter keys starting with 'triton_' are reserved for Triton usage" in refusal.value.details()
+
+
 def test_an_input_without_contents_is_refused(stub):
     request = typed_request("simple", "INT32", "int_contents", range(16), [1] * 16)
     request.inputs[1].ClearField("contents")

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from tests.conformance.triton import FOR_EVER, INVALID, as_numbers, pair, pending, texts
+from tests.conformance.triton import INVALID, as_numbers, pair, pending, texts
 
 DURATIONS = (
     "success",
@@ -174,13 +174,13 @@ def test_both_protocols_tell_the_same_numbers(http, grpc):
     ]
 
 
-def test_a_request_in_flight_is_not_counted_before_it_ends(triton, http, grpc):
+@pytest.mark.usefixtures("idle_slow")
+def test_a_cancelled_request_is_a_failure(triton, http, grpc, long_run):
     with Window(http, "slow") as window:
-        call = grpc.client.async_infer(
-            "slow", grpc.inputs({"INPUT": np.array([[FOR_EVER]], np.int64)}), lambda result, error: None
-        )
+        call = grpc.client.async_infer("slow", grpc.inputs(long_run), lambda result, error: None)
         triton.wait_for(lambda: pending(triton, "slow"))
         call.cancel()
         triton.wait_for(lambda: not pending(triton, "slow"))
     assert window.count("inference_count") == 0
     assert window.duration("success") == (0, 0)
+    assert window.duration("fail")[0] == 1

@@ -6,11 +6,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import tritonclient.grpc.aio
-from tests.conformance.triton import FOR_EVER, Caller, address, check_sums, inputs, pair, pending, run, texts
+from tests.conformance.triton import Caller, address, check_sums, inputs, pair, pending, run, texts
 from tritonclient.utils import InferenceServerException
 
 ANSWERS_WITHIN_S = 30
-TURNS = {"INPUT": np.array([[FOR_EVER]], np.int64)}
 
 
 class Stream:
@@ -139,18 +138,20 @@ def test_a_stream_may_be_compressed(grpc):
         check_sums(opened.next(), pair())
 
 
-def test_a_streams_time_limit_ends_it(triton):
+@pytest.mark.usefixtures("idle_slow")
+def test_a_streams_time_limit_ends_it(triton, long_run):
     with Caller("grpc", triton) as caller:
         with stream(caller, stream_timeout=0.2) as opened:
-            opened.ask("slow", TURNS)
+            opened.ask("slow", long_run)
             assert opened.next_error().status() == "StatusCode.DEADLINE_EXCEEDED"
         triton.wait_for(lambda: pending(triton, "slow") == 0)
 
 
-def test_a_cancelled_stream_cancels_its_requests(triton):
+@pytest.mark.usefixtures("idle_slow")
+def test_a_cancelled_stream_cancels_its_requests(triton, long_run):
     with Caller("grpc", triton) as caller:
         with stream(caller) as opened:
-            opened.ask("slow", TURNS)
+            opened.ask("slow", long_run)
             triton.wait_for(lambda: pending(triton, "slow") == 1)
         triton.wait_for(lambda: pending(triton, "slow") == 0)
         assert opened.next_error().status() in {"StatusCode.CANCELLED", "499"}

@@ -35,8 +35,6 @@ DATATYPES = (
     "BF16",
     "BYTES",
 )
-FOR_EVER = 1 << 50
-"""Turns of the model `slow`: its request is in flight until it is aborted."""
 
 # One status in both protocols.
 INVALID = ("400", "INVALID_ARGUMENT")
@@ -92,6 +90,8 @@ class Caller:
         return [self.api.InferRequestedOutput(name, **options) for name in names]
 
     def infer(self, model: str, tensors: Mapping[str, Array], **options: Any) -> Any:
+        if "headers" in options:
+            options["headers"] = dict(options["headers"])  # the client over HTTP adds its own to them
         return self.client.infer(model, self.inputs(tensors), **options)
 
     def refusal(self, model: str, tensors: Mapping[str, Array], **options: Any) -> "Refusal":
