@@ -97,6 +97,14 @@ def slow(*, is_batched: bool = True) -> onnx.ModelProto:
     return graph(nodes, ports, [("OUTPUT", "INT64", (1,))], constants=constants, is_batched=is_batched)
 
 
+def overridable() -> onnx.ModelProto:
+    """OUTPUT0 = INPUT0 + BIAS, of FP32 [1] without batch axis; BIAS is 5 unless a run brings another."""
+    ports = [("INPUT0", "FP32", (1,)), ("BIAS", "FP32", (1,))]
+    bias = helper.make_tensor("BIAS", TensorProto.FLOAT, [1], [5.0])
+    node = helper.make_node("Add", ["INPUT0", "BIAS"], ["OUTPUT0"])
+    return graph([node], ports, [("OUTPUT0", "FP32", (1,))], constants=[bias], is_batched=False)
+
+
 def unknown_operator() -> onnx.ModelProto:
     """A well-formed file that no runtime can load."""
     node = helper.make_node("Levitate", ["INPUT0"], ["OUTPUT0"], domain="test.nowhere")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import helper, numpy_helper
+from onnx import helper
 from tests import tiny_tensors
 from tests.serving.fakes import until
 from tests.serving.tensor_serving import (
@@ -182,14 +182,6 @@ def test_configs_reshape_is_undone_for_callers(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
-def overridable() -> Any:
-    """OUTPUT0 = INPUT0 + BIAS, where BIAS is 5 unless a call brings another."""
-    ports = [("INPUT0", "FP32", (1,)), ("BIAS", "FP32", (1,))]
-    bias = numpy_helper.from_array(np.array([5], np.float32), "BIAS")
-    node = helper.make_node("Add", ["INPUT0", "BIAS"], ["OUTPUT0"])
-    return tiny_tensors.graph([node], ports, [("OUTPUT0", "FP32", (1,))], constants=[bias], is_batched=False)
-
-
 def test_optional_input_is_the_graphs_own_value_where_it_is_left_out(tmp_path: Path) -> None:
     config = tiny_tensors.config_text(
         max_batch_size=0,
@@ -197,7 +189,7 @@ def test_optional_input_is_the_graphs_own_value_where_it_is_left_out(tmp_path: P
         outputs=[("OUTPUT0", "FP32", (1,))],
         rest='input { name: "BIAS" data_type: TYPE_FP32 dims: [ 1 ] optional: true }',
     )
-    tiny_tensors.write_model(tmp_path, "m", overridable(), config=config)
+    tiny_tensors.write_model(tmp_path, "m", tiny_tensors.overridable(), config=config)
 
     async def test(registry: Registry) -> None:
         assert [each.is_optional for each in registry.served("m").inputs] == [False, True]
