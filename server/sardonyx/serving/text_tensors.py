@@ -39,7 +39,7 @@ Penalty = Annotated[float, Meta(ge=-100, le=100)]
 _SMALLEST_SHARE = 1e-9
 
 
-class TextParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TextParameters(msgspec.Struct, frozen=True, kw_only=True):
     """What a call may set. A misspelt name is refused: it would change the answer in silence."""
 
     max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 16
@@ -279,6 +279,12 @@ def _decode(text: str) -> dict[str, Any]:
 
 
 def _convert(values: dict[str, Any]) -> TextParameters:
+    for name in values:
+        if name not in TextParameters.__struct_fields__:
+            known = ", ".join(TextParameters.__struct_fields__)
+            raise InvalidRequest(
+                f"{name[:80]}: is no parameter of a language model; there are {known}", param=name[:80]
+            )
     # Over gRPC and in tensors of strings numbers may come as text; vLLM's backend takes them so, too.
     try:
         return msgspec.convert(values, TextParameters, strict=False)
