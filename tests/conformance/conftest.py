@@ -32,7 +32,7 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server of tensor models and a language model, as open to clients as a Triton that trusts its network."""
     repository = tmp_path_factory.mktemp("tensors")
     write_repository(repository)
-    flags = ["--id", "triton", "--allow-client-shm", "--allow-setting-updates", "--response-cache-bytes", "1MiB"]
+    flags = ["--id", "triton", "--allow-client-shm=true", "--allow-setting-updates", "--response-cache-bytes", "1MiB"]
     with serve(repository, repository / "server.log", *flags) as server:
         yield server
         # Whatever the tests sent, nothing of it may have been a surprise.
