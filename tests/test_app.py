@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from sardonyx.app import _JsonFormatter, _LineFormatter, example_command
+from sardonyx.app import _JsonFormatter, _LineFormatter, check_startup_models, example_command
+from sardonyx.errors import ConfigError
 from sardonyx.settings import Settings
 
 
@@ -62,3 +63,21 @@ def test_the_example_asks_for_what_the_server_needs():
     assert "Authorization: Bearer YOUR_KEY" in words
     assert words[1].endswith("/v1/completions")
     assert "sk-secret" not in words
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"load_model": ("a",)}, "is for model_control_mode explicit"),
+        ({"load_model": ("a",), "model_control_mode": "poll"}, "is for model_control_mode explicit"),
+        ({"load_model": ("*", "a"), "model_control_mode": "explicit"}, r"is either \* alone"),
+    ],
+)
+def test_models_of_the_start_that_would_not_be_loaded_are_refused(options, message):
+    with pytest.raises(ConfigError, match=f"load_model: {message}"):
+        check_startup_models(Settings(**options))
+
+
+@pytest.mark.parametrize("names", [(), ("*",), ("a", "b")])
+def test_models_of_the_start_may_be_all_some_or_none(names):
+    check_startup_models(Settings(load_model=names, model_control_mode="explicit"))

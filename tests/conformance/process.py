@@ -43,10 +43,11 @@ class ServerProcess:
             time.sleep(0.005)
         return value
 
-    def wait_until_ready(self) -> None:
+    def wait_until(self, path: str) -> None:
+        """Until that is answered with 200."""
         match = self.wait_for(lambda: self._alive() and _LISTENING.search(self.log()))
         self.port = int(match[1])
-        self.wait_for(lambda: self._alive() and self.request("GET", "/ready")[0] == 200)
+        self.wait_for(lambda: self._alive() and self.request("GET", path)[0] == 200)
         if match := _GRPC_LISTENING.search(self.log()):
             self.grpc_port = int(match[1])
 
@@ -89,9 +90,14 @@ class ServerProcess:
 
 @contextmanager
 def serve(
-    repository: Path, log: Path, *flags: str, env: Mapping[str, str] | None = None, command: list[str] | None = None
+    repository: Path,
+    log: Path,
+    *flags: str,
+    env: Mapping[str, str] | None = None,
+    command: list[str] | None = None,
+    until: str = "/ready",
 ) -> Iterator[ServerProcess]:
-    """Start a server on a free port, wait until it is ready, and end it."""
+    """Start a server on a free port, wait until a path is answered with 200, and end it."""
     words = [*(command or [sys.executable, "-m", "sardonyx"]), "serve", str(repository)]
     words += ["--port", "0", "--grpc-port", "0", "--num-threads", "1", *flags]
     with log.open("wb") as output:
@@ -99,7 +105,7 @@ def serve(
         process = subprocess.Popen(words, stdout=output, stderr=output, env=environment, cwd=log.parent)
     server = ServerProcess(process, log)
     try:
-        server.wait_until_ready()
+        server.wait_until(until)
         yield server
     finally:
         process.kill()

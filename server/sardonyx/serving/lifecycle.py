@@ -28,11 +28,13 @@ class LoadFailed(ModelNotReady):
 
     Args:
         reason: safe to show.
+        versions: that were to be loaded, as far as is known.
     """
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(self, name: str, reason: str, versions: list[int]) -> None:
         super().__init__(f"model {name} cannot be loaded: {reason}")
         self.reason = reason
+        self.versions = versions
 
 
 class ModelSource(Protocol):
@@ -223,7 +225,7 @@ class Lifecycle:
         else:
             serving = ", ".join(map(str, sorted(entry.model.versions)))
             entry.reason = f"version {serving} serves; the last reload failed: {reason}"
-        return LoadFailed(name, reason)
+        return LoadFailed(name, reason, entry.facts.versions)
 
     async def _bring_back(self, name: str) -> None:
         """Load the ensembles again that went when this part did, if it was the last one missing."""

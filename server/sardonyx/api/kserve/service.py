@@ -196,7 +196,7 @@ class InferenceService:
         except InvalidRequest as error:
             raise _failed_poll(name, error.message) from None
         except LoadFailed as error:
-            raise InvalidRequest(self._load_failure(name, error.reason), param="model") from None
+            raise _failed_load(name, error) from None
 
     async def unload(self, name: str, *, unload_dependents: bool = False) -> None:
         """Unload, after the accepted requests. An unknown model is no error. Raises ModelNotReady as `load`."""
@@ -344,12 +344,6 @@ class InferenceService:
             raise _failed_poll(name, "files need a config beside them")
         return None if config is None else ModelOverride(config=config, files=files)
 
-    def _load_failure(self, name: str, reason: str) -> str:
-        """As Triton tells it: the versions with the reason."""
-        versions = [row.version or 1 for row in self._registry.version_index() if row.name == name] or [1]
-        told = "".join(f"version {version} is at {ModelState.UNAVAILABLE} state: {reason};" for version in versions)
-        return f"load failed for model '{name[:160]}': {told}"
-
     def _check_control(self) -> None:
         if self._settings.model_control_mode != "explicit":
             raise ModelNotReady("explicit model load / unload is not allowed if polling is enabled")
@@ -373,6 +367,14 @@ def _failed_poll(name: str, reason: str = "") -> InvalidRequest:
     """What was asked to be loaded is not there, or is wrong in itself."""
     message = f"failed to load '{name[:160]}', failed to poll from model repository"
     return InvalidRequest(f"{message}: {reason}" if reason else message, param="model")
+
+
+def _failed_load(name: str, error: LoadFailed) -> InvalidRequest:
+    """As Triton tells it: each version with the reason."""
+    told = "".join(
+        f"version {version} is at {ModelState.UNAVAILABLE} state: {error.reason};" for version in error.versions or [1]
+    )
+    return InvalidRequest(f"load failed for model '{name[:160]}': {told}", param="model")
 
 
 def _version(model_name: str, text: str) -> int | None:
