@@ -32,6 +32,7 @@ _FIELDS: dict[str, dict[int, str]] = {
     "sparse": {1: "tensor", 2: "tensor"},
 }
 _EXTERNAL_DATA_FIELD = 13
+_OPERATOR_FIELD, _DOMAIN_FIELD = 4, 7  # of a node
 
 # A graph of 100,000 nodes has about 3 million fields. The bound keeps a file made of nothing but tiny fields from
 # holding a loader thread for an hour; the reader does about two million a second.
@@ -90,26 +91,36 @@ def external_data(model: bytes | mmap.mmap) -> Iterator[ExternalData]:
     Raises:
         ConfigError: not in the protobuf wire format, or an entry without sense.
     """
-    return _Reader(model).message("model", 0, len(model), depth=0)
+    return GraphReader(model).message("model", 0, len(model), depth=0)
 
 
-class _Reader:
+class GraphReader:
     """Walks a message tree, counting fields."""
 
     def __init__(self, data: bytes | mmap.mmap) -> None:
+        self.operators: set[str] = set()
+        """Of the nodes that were walked, as ``domain:Operator``; ONNX's own domain is empty."""
         self._data = data
         self._num_left = _MAX_FIELDS
 
     def message(self, kind: str, position: int, end: int, depth: int) -> Iterator[ExternalData]:
+        """The external data of a message of that kind, which lies from `position` to `end`.
+
+        Raises:
+            ConfigError: as `external_data`.
+        """
         if depth > _MAX_DEPTH:
             raise ConfigError(f"has graphs more than {_MAX_DEPTH} messages deep")
         fields = _FIELDS.get(kind, {})
         entries: dict[str, str] = {}
+        names = {_OPERATOR_FIELD: b"", _DOMAIN_FIELD: b""}
         while position < end:
             number, wire, start, position = self._field(position, end)
             if wire != _BYTES:
                 continue
-            if number in fields:
+            if kind == "node" and number in names:
+                names[number] = bytes(self._data[start:position])
+            elif number in fields:
                 yield from self.message(fields[number], start, position, depth + 1)
             elif kind == "tensor" and number == _EXTERNAL_DATA_FIELD:
                 key, value = self._string_pair(start, position)
@@ -118,6 +129,21 @@ class _Reader:
                 entries[key] = value
         if entries:
             yield _external_data(entries)
+        if kind == "node":
+            self.operators.add(
+                f"{names[_DOMAIN_FIELD].decode(errors='replace')}:{names[_OPERATOR_FIELD].decode(errors='replace')}"
+            )
+
+    def fields(self, position: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Numbers of the message's length-delimited fields, and where the payload of each lies. Raises ConfigError."""
+        while position < end:
+            number, wire, start, position = self._field(position, end)
+            if wire == _BYTES:
+                yield number, start, position
+
+    def data(self, start: int, end: int) -> bytes:
+        """What lies there."""
+        return bytes(self._data[start:end])
 
     def _string_pair(self, position: int, end: int) -> tuple[str, str]:
         """A ``StringStringEntryProto``. As in protobuf, the last of a repeated field counts."""

@@ -20,6 +20,7 @@ import onnxruntime as ort
 from sardonyx.errors import ConfigError, EngineError
 from sardonyx.runtime.dtypes import Datatype, from_ort_name
 from sardonyx.runtime.external_data import check_external_data
+from sardonyx.runtime.function_check import check_functions
 from sardonyx.runtime.providers import ExecutionProvider, execution_provider
 
 _ort_logger = logging.getLogger("sardonyx.onnxruntime")
@@ -231,9 +232,10 @@ class Session:
 def open_session(path: Path, *, model_name: str, provider: str = "cpu", config: SessionConfig | None = None) -> Session:
     """Open a graph for serving.
 
-    Its external data is checked first. Nodes that the provider cannot run are an error, never moved to another one
-    in silence: a model that half runs on the wrong device looks like a slow one. Memory patterns are off: ONNX
-    Runtime keeps one for each combination of input shapes, and a packed step hardly ever has those of another.
+    Its external data and its functions are checked first. Nodes that the provider cannot run are an error, never
+    moved to another one in silence: a model that half runs on the wrong device looks like a slow one. Memory patterns
+    are off: ONNX Runtime keeps one for each combination of input shapes, and a packed step hardly ever has those of
+    another.
 
     Args:
         path: of ``model.onnx``.
@@ -250,6 +252,7 @@ def open_session(path: Path, *, model_name: str, provider: str = "cpu", config: 
     providers = config.providers or (execution_provider(provider),)
     resolved = providers[0]
     check_external_data(path)
+    check_functions(path)
     options = _session_options(resolved, config)
     options.add_session_config_entry(_FOLDING_LIMIT, str(_max_folded_bytes(path)))
     try:
