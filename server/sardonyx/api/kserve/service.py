@@ -6,9 +6,11 @@ called on the event loop; errors are classes of `sardonyx.errors`, for which eac
 
 import logging
 import re
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any, cast
 
+import msgspec
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from sardonyx.api.kserve import codec
@@ -155,8 +157,11 @@ class InferenceService:
         Raises what `ServedModel.stream` raises, also before the first answer.
         """
         model = self.model(request.model_name, request.model_version)
-        async for answer in model.stream(self._call(request)):
-            yield self._reply(request, model, answer)
+        # A generator: closing it aborts, and nobody else would at once.
+        answers = cast("AsyncGenerator[InferAnswer, None]", model.stream(self._call(request)))
+        async with aclosing(answers):
+            async for answer in answers:
+                yield self._reply(request, model, answer)
 
     async def index(self, *, ready: bool = False) -> list[IndexRow]:
         """Every model of the repositories, a row for each version; with `ready` only READY ones."""
@@ -256,6 +261,7 @@ class InferenceService:
         self._shared_memory.unregister()
 
     def _call(self, request: WireRequest) -> InferCall:
+        self._check_slices(request)
         inputs = [
             self._tensor(each, request.model_name) if isinstance(each, SharedInput) else each for each in request.inputs
         ]
@@ -273,15 +279,28 @@ class InferenceService:
             parameters=known.others,
         )
 
-    def _tensor(self, shared: SharedInput, model_name: str) -> Tensor:
+    def _check_slices(self, request: WireRequest) -> None:
+        """See that shared memory has the inputs and can take the outputs, before anything is read or computed."""
+        inputs = [each for each in request.inputs if isinstance(each, SharedInput)]
+        slices = [each.data for each in inputs] + [each.data for each in request.outputs if each.data is not None]
+        if not slices:
+            return
         self._check_shared_memory()
-        # Before it is read: a file of any size costs the client that registered it nothing.
-        if shared.data.size_bytes > self._settings.max_inflight_tensor_bytes:
-            raise PayloadTooLarge(
-                f"input '{shared.name}' in shared memory is larger than {self._settings.max_inflight_tensor_bytes:,} "
-                "bytes, which is max_inflight_tensor_bytes",
-                param="inputs",
-            )
+        # A file of any size costs the client that registered it nothing, and each input may be all of it.
+        most, num_bytes = self._settings.max_inflight_tensor_bytes, 0
+        for shared in inputs:
+            num_bytes += shared.data.size_bytes
+            if num_bytes > most:
+                raise PayloadTooLarge(
+                    f"input '{shared.name}' in shared memory is larger than {most:,} bytes, alone or with those before "
+                    "it; that is max_inflight_tensor_bytes",
+                    param="inputs",
+                )
+        for data in slices:
+            with self._shared_memory.hold(data.region) as region:
+                region.check(data.offset, data.size_bytes)
+
+    def _tensor(self, shared: SharedInput, model_name: str) -> Tensor:
         data = self._shared_memory.read(shared.data.region, shared.data.offset, shared.data.size_bytes)
         return codec.from_raw(
             data, name=shared.name, datatype=shared.datatype, shape=shared.shape, model_name=model_name
@@ -311,7 +330,6 @@ class InferenceService:
             )
         if wanted.data is None:
             return tensor
-        self._check_shared_memory()
         data = codec.to_raw(tensor)
         if len(data) > wanted.data.size_bytes:
             raise InvalidRequest(
@@ -324,7 +342,7 @@ class InferenceService:
             name=tensor.name,
             datatype=tensor.datatype,
             shape=tensor.array.shape,
-            data=wanted.data,
+            data=msgspec.structs.replace(wanted.data, size_bytes=len(data)),
         )
 
     def _override(self, name: str, parameters: Mapping[str, str | bytes]) -> ModelOverride | None:
