@@ -2,9 +2,7 @@
 
 Floor 5. Default deny: a method needs a key unless `PUBLIC` names it. The check stands before the message is read.
 
-Generated code registers its servicers here as with a server. A server is given the routes as one generic handler: with
-registered methods grpc.aio waits for each of them anew at every call, which costs 9 % of the CPU time of a call that
-does nothing (143 against 131 us; ``h2load -c 8 -m 1 -D 3 --data=FILE ...`` on ModelInfer, 2 cores).
+Generated code registers its servicers here as with a server of its own.
 """
 
 import asyncio
@@ -115,7 +113,7 @@ def key_of(metadata: Iterable[tuple[str, str | bytes]]) -> bytes:
 
 
 def _with_messages(handler: Any) -> RawMethod:
-    """A generated method as one of bytes: what grpc.aio does, but for messages that cannot be parsed."""
+    """A generated method as one of bytes. Messages that cannot be parsed are refused."""
     parse, method, serialize = handler.request_deserializer, handler.unary_unary, handler.response_serializer
 
     async def answer(data: bytes, context: Any) -> bytes:
