@@ -7,8 +7,9 @@ nothing to do with each other: what they share is the queue. So the policy lies 
 and a thread whose instance is free takes its next batch itself; no thread stands between.
 
 Threads are woken one at a time, and only when there is something to take: whoever leaves with a batch wakes the next
-one if there is more. What time alone brings (a batch that waited long enough, a request that waited too long, an idle
-sequence) is watched by one more thread, started when a policy first asks for it.
+one if there is more. Where a step takes less time than waking somebody, the thread that submits runs it itself on an
+instance that is free (`InstanceLoop.run_ready`). What time alone brings (a batch that waited long enough, a request
+that waited too long, an idle sequence) is watched by one more thread, started when a policy first asks for it.
 """
 
 import logging
@@ -55,6 +56,7 @@ class InstanceLoop:
         deliver: called with the events of a step or of a refusal, mostly in an instance's thread, but in the caller's
             for what `abort` and `close` end; never in two threads at once. It must return at once and never raise.
         num_instances: threads; the runner's instances are numbered from 0.
+        is_quick: steps are over in a moment: `submit` only queues, and `run_ready` must follow.
         clock: monotonic seconds.
         max_failed_steps: so many steps failed one after the other are a broken runner, not bad luck: the loop dies.
     """
@@ -67,6 +69,7 @@ class InstanceLoop:
         deliver: Callable[[list[TensorEvent]], None],
         *,
         num_instances: int = 1,
+        is_quick: bool = False,
         clock: Callable[[], float] = time.monotonic,
         max_failed_steps: int = 5,
     ) -> None:
@@ -76,6 +79,7 @@ class InstanceLoop:
         self._deliver = deliver
         self._clock = clock
         self._max_failed_steps = max_failed_steps
+        self.is_quick = is_quick
         self._threads = [
             threading.Thread(target=self._run, args=(i,), name=f"instance-{name}-{i}", daemon=True)
             for i in range(num_instances)
@@ -157,7 +161,24 @@ class InstanceLoop:
             if not len(self._ledger):
                 self._progress_s = now_s
             self._ledger.open(request.id)
-            self._wake(now_s)
+            if not self.is_quick:
+                self._wake(now_s)
+
+    def run_ready(self) -> None:
+        """Run in this thread what can begin at once on free instances, and have the rest run when it is time.
+
+        One thread at a time. A model of 5 us, over HTTP and gRPC with one client: 1.4 times the inferences a second
+        that waking an instance's thread gave (2 shared cores, h2load, 2 alternating rounds).
+        """
+        while True:
+            now_s = self._clock()
+            with self._lock:
+                turn = None if self._is_closing else self._take_turn(now_s)
+                if turn is None:
+                    self._wake(now_s)
+                    break
+            self._run_here(*turn, now_s)
+        self._ledger.flush()
 
     def abort(self, request_id: int) -> None:
         """End a waiting request as RequestAborted at once; running ones end as they would. Any thread.
@@ -226,6 +247,29 @@ class InstanceLoop:
             self._is_dead = self._is_dead or not self._is_closing
             self._stop()
         self._ledger.flush()
+
+    def _take_turn(self, now_s: float) -> tuple[int, TensorBatch] | None:
+        """A batch for an instance whose thread sleeps on meanwhile; ``None`` where there is none. With the lock."""
+        if self._is_waking or not self._idle or not self._policy.is_ready(self._idle[-1], now_s):
+            return None
+        batch = self._policy.schedule(self._idle[-1], now_s)
+        self._end_refused(now_s)
+        if batch is None:
+            return None
+        instance = self._idle.pop()
+        self._batches[instance] = batch
+        return instance, batch
+
+    def _run_here(self, instance: int, batch: TensorBatch, now_s: float) -> None:
+        """What an instance's thread would do with a batch."""
+        try:
+            self._step(instance, batch, now_s)
+        except Exception:
+            logger.exception("%s: the instance loop died", self._name)
+            self._leave(instance)
+            return
+        with self._lock:
+            self._idle.append(instance)
 
     def _next(self, instance: int) -> tuple[TensorBatch, float] | None:
         """The instance's next batch and the time, waiting for one; ``None`` when it is time to go."""

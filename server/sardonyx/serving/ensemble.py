@@ -13,6 +13,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from sardonyx.errors import ConfigError, EngineError, ModelNotReady, ServeError
 from sardonyx.repository.tensor_config import EnsembleStep
+from sardonyx.serving.open_calls import OpenCalls
 from sardonyx.serving.served import InferAnswer, InferCall, ServedModel
 from sardonyx.serving.tensor_checks import TensorSignature
 from sardonyx.statistics import InferenceStatistics, failure_reason
@@ -61,9 +62,7 @@ class EnsembleModel:
         self._signature = TensorSignature(version.name, version.inputs, version.outputs, version.config.max_batch_size)
         self._datatypes = {each.name: each.datatype for each in version.outputs}
         self._calls: set[asyncio.Task[InferAnswer]] = set()
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
-        self._is_draining = False
+        self._open = OpenCalls()
 
     @property
     def is_alive(self) -> bool:
@@ -76,26 +75,25 @@ class EnsembleModel:
 
     async def infer(self, call: InferCall) -> InferAnswer:
         """See `served.ServedModel.infer`. An error of a step is the call's."""
-        if self._is_draining:
+        if self._open.is_draining:
             raise ModelNotReady(
                 f"Server is stopping, scheduler for model '{self.name}' has stopped accepting new inference requests"
             )
         task = asyncio.create_task(self._infer(call))
         self._calls.add(task)
-        self._is_idle.clear()
+        self._open.begin()
         self.statistics.num_pending += 1
         try:
             return await task
         except asyncio.CancelledError:
-            if self._is_draining and task.cancelled() and not _is_cancelling():
+            if self._open.is_draining and task.cancelled() and not _is_cancelling():
                 raise ModelNotReady(f"model '{self.name}' was unloaded before the request was finished") from None
             raise
         finally:
             task.cancel()
             self.statistics.num_pending -= 1
             self._calls.discard(task)
-            if not self._calls:
-                self._is_idle.set()
+            self._open.end()
 
     async def stream(self, call: InferCall) -> AsyncIterator[InferAnswer]:
         """See `served.ServedModel.stream`."""
@@ -107,16 +105,11 @@ class EnsembleModel:
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more calls, and wait until the accepted ones have ended, so long at most."""
-        self._is_draining = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._is_idle.wait()
-        except TimeoutError:
-            return
+        await self._open.drain(timeout_s)
 
     async def close(self) -> None:
         """End what is left with ModelNotReady. Idempotent."""
-        self._is_draining = True
+        self._open.is_draining = True
         calls = list(self._calls)
         for task in calls:
             task.cancel()

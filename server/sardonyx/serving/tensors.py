@@ -6,6 +6,7 @@ Floor 4. Everything but the instances' threads runs on the event loop that made 
 import asyncio
 import itertools
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from sardonyx.errors import DeadlineExceeded, InvalidRequest, ModelNotReady, ServeError, UnsupportedFeature
 from sardonyx.serving.admission import Admission
+from sardonyx.serving.open_calls import OpenCalls
 from sardonyx.serving.response_cache import ResponseCache
 from sardonyx.serving.served import InferAnswer, InferCall
 from sardonyx.serving.tensor_checks import BoundCall, TensorSignature
@@ -34,6 +36,13 @@ class InstanceEngine(Protocol):
 
     @property
     def stalled_s(self) -> float: ...
+
+    @property
+    def is_quick(self) -> bool:
+        """`submit` only queues; `run_ready` then runs what can begin, in the calling thread."""
+        ...
+
+    def run_ready(self) -> None: ...
 
     def submit(self, request: TensorRequest) -> None:
         """Raises Overloaded, InvalidRequest or EngineDead; no event follows then."""
@@ -69,6 +78,7 @@ class EventInbox:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread_id = 0
         self._sink: Callable[[list[TensorEvent]], None] | None = None
 
     def connect(self, sink: Callable[[list[TensorEvent]], None]) -> None:
@@ -79,11 +89,15 @@ class EventInbox:
         """The running event loop; it gets the events."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
+            self._thread_id = threading.get_ident()
         return self._loop
 
     def deliver(self, events: list[TensorEvent]) -> None:
-        """Called in an instance's thread."""
+        """Called in an instance's thread, or on the event loop for what ends there."""
         if self._loop is None or self._sink is None:
+            return
+        if threading.get_ident() == self._thread_id:
+            self._sink(events)
             return
         try:
             self._loop.call_soon_threadsafe(self._sink, events)
@@ -135,17 +149,16 @@ class TensorModel:
         self._datatypes = {each.name: each.datatype for each in version.outputs}
         self._ids = itertools.count()
         self._futures: dict[int, asyncio.Future[TensorEvent]] = {}
-        self._num_active = 0
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
-        self._is_draining = False
+        self._calls = OpenCalls()
+        self._num_in_turn = 0
+        self._is_gathering = False
         self._is_closed = False
         inbox.connect(self._take)
 
     @property
     def num_active(self) -> int:
         """Calls that were accepted and have not ended."""
-        return self._num_active
+        return self._calls.num_calls
 
     @property
     def is_alive(self) -> bool:
@@ -177,16 +190,11 @@ class TensorModel:
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more calls, and wait until the accepted ones have ended, so long at most."""
-        self._is_draining = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._is_idle.wait()
-        except TimeoutError:
-            return
+        await self._calls.drain(timeout_s)
 
     async def close(self) -> None:
         """End what is left with ModelNotReady, and free the session. Idempotent."""
-        self._is_draining = True
+        self._calls.is_draining = True
         if self._is_closed:
             return
         self._is_closed = True
@@ -202,7 +210,7 @@ class TensorModel:
 
     async def _infer(self, call: InferCall) -> InferAnswer:
         started_ns = time.perf_counter_ns()
-        if self._is_draining:
+        if self._calls.is_draining:
             raise ModelNotReady(
                 f"Server is stopping, scheduler for model '{self.name}' has stopped accepting new inference requests"
             )
@@ -244,8 +252,9 @@ class TensorModel:
         request_id = next(self._ids)
         future: asyncio.Future[TensorEvent] = loop.create_future()
         self._futures[request_id] = future
-        self._begin()
-        timer = loop.call_later(self._timeout_s, self._expire, request_id)
+        self._calls.begin()
+        self.statistics.num_pending += 1
+        timer: asyncio.TimerHandle | None = None
         try:
             self._engine.submit(
                 TensorRequest(
@@ -260,15 +269,37 @@ class TensorModel:
                     arrival_s=time.monotonic(),
                 )
             )
+            if self._engine.is_quick:
+                self._run_quick(loop)
+            if not future.done():
+                timer = loop.call_later(self._timeout_s, self._expire, request_id)
             return await future
         except asyncio.CancelledError:
             self._engine.abort(request_id)
             raise
         finally:
-            timer.cancel()
-            self._futures.pop(request_id, None)
+            if timer is not None:
+                timer.cancel()
+            del self._futures[request_id]
             reservation.release(was_served=True)
-            self._end()
+            self._calls.end()
+            self.statistics.num_pending -= 1
+
+    def _run_quick(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Run what can begin: at once, or where several requests come in a turn of the event loop, together at its end.
+
+        How many came in the turn before says what to expect.
+        """
+        if not self._num_in_turn:
+            loop.call_soon(self._end_turn)
+        self._num_in_turn += 1
+        if not self._is_gathering:
+            self._engine.run_ready()
+
+    def _end_turn(self) -> None:
+        self._is_gathering = self._num_in_turn > 1
+        self._num_in_turn = 0
+        self._engine.run_ready()
 
     def _take(self, events: list[TensorEvent]) -> None:
         """Ends of requests, on the event loop."""
@@ -280,9 +311,10 @@ class TensorModel:
                 future.set_result(event)
 
     def _expire(self, request_id: int) -> None:
-        self._engine.abort(request_id)
+        # First: the abort's own event comes at once.
         error = DeadlineExceeded("the request's time was over before its answer")
         self._take([TensorEvent(request_id=request_id, error=error)])
+        self._engine.abort(request_id)
 
     def _sequence(self, control: SequenceControl | None) -> SequenceControl | None:
         datatype = self._version.correlation_datatype
@@ -311,15 +343,3 @@ class TensorModel:
                 flat[index] = value.encode()
             array = encoded
         return Tensor(name, datatype, array)
-
-    def _begin(self) -> None:
-        self._num_active += 1
-        self.statistics.num_pending += 1
-        self._is_idle.clear()
-
-    def _end(self) -> None:
-        self._num_active -= 1
-        self.statistics.num_pending -= 1
-        if not self._num_active:
-            self._is_idle.set()
-
