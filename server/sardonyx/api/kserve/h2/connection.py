@@ -164,7 +164,6 @@ class Connection(Link):
             self._reset(stream_id, ErrorCode.REFUSED_STREAM, is_sending=not ends_stream)
             return
         stream = Stream(self, self._intake, stream_id, head)
-        self._streams[stream_id] = stream
         if head.http_status != 200:
             stream.is_half_closed = ends_stream
             stream.refuse(head.http_status)
@@ -175,6 +174,7 @@ class Connection(Link):
             stream.end(trailers(12, "Method not found!"))
             return
         stream.call = Call(stream, handler, self.tasks, self._intake.max_message_bytes)
+        self._streams[stream_id] = stream
         stream.call.open()
         if ends_stream:
             self._receive(stream_id, stream, b"", 0, 0, True)
