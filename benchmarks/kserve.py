@@ -14,7 +14,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from v2.models import MODELS, Model, build
 from v2.payloads import HTTP_JSON, PROTOCOLS, check, payload
 from v2.servers import Server
 
+SERVERS = ("sardonyx", "triton")
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 MAX_CLIENTS = {("identity", HTTP_JSON): 8}
 """A request is 20 MB of text there and takes a core for a fifth of a second: more clients would only wait."""
@@ -90,10 +91,10 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=names, default=list(MODELS))
-    parser.add_argument("--protocols", type=names, default=list(PROTOCOLS))
+    parser.add_argument("--models", type=names_of(MODELS), default=list(MODELS))
+    parser.add_argument("--protocols", type=names_of(PROTOCOLS), default=list(PROTOCOLS))
     parser.add_argument("--clients", type=numbers, default=list(CLIENTS))
-    parser.add_argument("--servers", type=names, default=["sardonyx", "triton"])
+    parser.add_argument("--servers", type=names_of(SERVERS), default=list(SERVERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.5, help="of one server's turn, after its warm-up")
     parser.add_argument("--threads", type=int, default=2, help="of one run of a model")
@@ -105,8 +106,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def names(text: str) -> list[str]:
-    return text.split(",")
+def names_of(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Reads names that are separated by commas. A misspelt one would measure something else."""
+
+    def names(text: str) -> list[str]:
+        given = text.split(",")
+        if unknown := [name for name in given if name not in set(known)]:
+            raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}; there are {', '.join(known)}")
+        return given
+
+    return names
 
 
 def numbers(text: str) -> list[int]:
