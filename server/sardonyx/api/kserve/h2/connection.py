@@ -223,16 +223,16 @@ class Connection(Link):
         elif kind == frames.SETTINGS:
             self._take_settings(flags, stream_id, payload)
         elif kind == frames.GOAWAY:
-            _require(not stream_id, len(payload) >= 8)
+            frames.require(not stream_id, len(payload) >= 8)
             self._settle()
         elif kind == frames.PUSH_PROMISE:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "clients do not push")
         else:
-            _require(kind != frames.PRIORITY or stream_id > 0, kind != frames.PRIORITY or len(payload) == 5)
+            frames.require(kind != frames.PRIORITY or stream_id > 0, kind != frames.PRIORITY or len(payload) == 5)
             self._chat()
 
     def _take_window(self, stream_id: int, payload: bytes) -> None:
-        _require(True, len(payload) == 4)
+        frames.require(True, len(payload) == 4)
         more = int.from_bytes(payload, "big") & MAX_WINDOW_BYTES
         if not stream_id:
             self.widen(more)
@@ -248,7 +248,7 @@ class Connection(Link):
             stream.widen(more)
 
     def _take_reset(self, stream_id: int, payload: bytes) -> None:
-        _require(True, len(payload) == 4)
+        frames.require(True, len(payload) == 4)
         stream = self._streams.get(stream_id)
         if stream is None:
             self._streams.expects(stream_id, is_last=True)
@@ -259,7 +259,7 @@ class Connection(Link):
         stream.call.cancel()
 
     def _take_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
-        _require(not stream_id, len(payload) == 8)
+        frames.require(not stream_id, len(payload) == 8)
         self._chat()
         if not flags & frames.ACK:
             self.write(frames.frame(frames.PING, frames.ACK, 0, payload))
@@ -267,7 +267,7 @@ class Connection(Link):
             self._settle()
 
     def _take_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
-        _require(not stream_id, not (flags & frames.ACK and payload))
+        frames.require(not stream_id, not (flags & frames.ACK and payload))
         self._chat()
         if flags & frames.ACK:
             return
@@ -298,10 +298,3 @@ class Connection(Link):
         self._chat()
         self.write(frames.rst_stream(stream_id, code))
         self.forget(stream_id, is_sending=is_sending)
-
-
-def _require(has_right_stream: bool, has_right_size: bool) -> None:
-    if not has_right_stream:
-        raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "the frame has the wrong stream")
-    if not has_right_size:
-        raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "the frame has the wrong size")

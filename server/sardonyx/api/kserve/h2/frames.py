@@ -86,6 +86,18 @@ def goaway(last_stream_id: int, code: ErrorCode, reason: str = "") -> bytes:
     return frame(GOAWAY, 0, 0, struct.pack(">II", last_stream_id, code) + reason.encode())
 
 
+def require(has_right_stream: bool, has_right_size: bool) -> None:
+    """Check what every type of frame prescribes.
+
+    Raises:
+        ConnectionFault: one is false.
+    """
+    if not has_right_stream:
+        raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "the frame has the wrong stream")
+    if not has_right_size:
+        raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "the frame has the wrong size")
+
+
 def without_padding(payload: bytes, flags: int) -> bytes:
     """The payload of a HEADERS frame without its padding and priority (section 6.2).
 
