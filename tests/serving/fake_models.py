@@ -95,10 +95,12 @@ class FakeSource:
             self.write(name, depends_on=tuple(parts))
         self.errors: dict[str, Exception] = {}
         """Raised by loads, by model."""
+        self.index_error: Exception | None = None
+        """Raised by looks at the repository."""
         self.gates: dict[str, threading.Event] = {}
         """Loads of a model wait while its gate is clear."""
         self.on_loaded: Callable[[str], None] = lambda _: None
-        """Called in the loading thread when a model is put together."""
+        """Called in the loading thread before a model is put together, when its parts are known to be there."""
         self.loads: list[tuple[str, str]] = []
         """Models in the order of their loads, with the config that was brought along."""
         self.made: list[FakeVersion] = []
@@ -117,6 +119,8 @@ class FakeSource:
         return self.gates[name]
 
     def index(self) -> list[IndexEntry]:
+        if self.index_error is not None:
+            raise self.index_error
         return list(self.facts.values())
 
     def load(self, name: str, override: ModelOverride | None = None) -> LoadedModel:
@@ -134,8 +138,8 @@ class FakeSource:
         assert self.registry is not None
         for part in depends_on:
             self.registry.part(part)
-        versions = {version: self._version(name, version, edition, depends_on) for version in facts.versions or [1]}
         self.on_loaded(name)
+        versions = {version: self._version(name, version, edition, depends_on) for version in facts.versions or [1]}
         return LoadedModel(versions=dict(versions), depends_on=depends_on)
 
     def _version(self, name: str, version: int, edition: int, depends_on: tuple[str, ...]) -> FakeVersion:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sardonyx.errors import InvalidRequest, ModelNotFound, ModelNotReady
+from sardonyx.errors import ConfigError, InvalidRequest, ModelNotFound, ModelNotReady
 from sardonyx.repository.index import DUPLICATE, IndexEntry
 from sardonyx.serving.entry import Entry
 from sardonyx.serving.lifecycle import Lifecycle, ModelSource
@@ -210,7 +210,11 @@ class Registry:
             override = await asyncio.to_thread(check_override, name, override)
         while True:
             self._lifecycle.check_open()
-            await self.refresh()
+            try:
+                await self.refresh()
+            except ConfigError as error:
+                logger.error("the repositories could not be read: %s", error)
+                raise ModelNotReady("the model repositories cannot be read") from error
             self._lifecycle.check_open()
             if override is not None and override.files and name not in self._entries:
                 self._entries[name] = Entry(IndexEntry(name=name, versions=[], family="tensors"))
