@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import random
 import threading
@@ -72,7 +73,16 @@ class Gate:
 class Bench:
     """A started loop and what it is made of."""
 
-    def __init__(self, on_step=None, policy=None, num_instances=1, clock=time.monotonic, max_failed_steps=5, **options):
+    def __init__(
+        self,
+        on_step=None,
+        policy=None,
+        num_instances=1,
+        is_quick=False,
+        clock=time.monotonic,
+        max_failed_steps=5,
+        **options,
+    ):
         self.inbox = Inbox()
         self.gate = on_step if isinstance(on_step, Gate) else None
         self.runner = FakeTensorRunner(on_step)
@@ -85,6 +95,7 @@ class Bench:
             self.runner,
             self.inbox,
             num_instances=num_instances,
+            is_quick=is_quick,
             clock=clock,
             max_failed_steps=max_failed_steps,
         )
@@ -422,6 +433,64 @@ def test_close_ends_waiting_requests_and_lets_running_ones_finish(make_bench):
     assert not [thread for thread in threading.enumerate() if thread in bench.loop._threads]
 
 
+def test_close_lets_a_step_finish_that_run_ready_runs(make_bench):
+    entered, leave = threading.Event(), threading.Event()
+
+    def on_step(batch, instance):
+        if threading.current_thread() is caller:
+            entered.set()
+            assert leave.wait(TIMEOUT_S)
+            assert not bench.runner.num_closed
+
+    def call():
+        for request_id in itertools.count():
+            bench.submit(request_id)
+            bench.loop.run_ready()
+            bench.inbox.wait_for(request_id)  # until its thread sleeps, an instance runs steps itself
+            if entered.is_set():
+                return
+
+    bench = make_bench(on_step, is_quick=True)
+    caller = threading.Thread(target=call)
+    closer = threading.Thread(target=bench.loop.close)
+    caller.start()
+    assert entered.wait(TIMEOUT_S)
+    closer.start()
+    closer.join(0.1)
+    leave.set()
+    for thread in (closer, caller):
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive()
+    assert [event.error for event in bench.inbox.events if event.error] == []
+    assert bench.runner.num_closed == 1
+
+
+def test_run_ready_runs_what_waits_in_its_own_thread(make_bench):
+    threads = []
+    bench = make_bench(lambda batch, instance: threads.append(threading.current_thread()), is_quick=True)
+    for request_id in itertools.count():
+        bench.submit(request_id)
+        bench.loop.run_ready()
+        if threads and threads[-1] is threading.current_thread():
+            break
+        bench.inbox.wait_for(request_id)
+    assert bench.inbox.of(request_id).error is None
+
+
+def test_loop_dies_but_answers_when_steps_fail_in_the_thread_of_run_ready(make_bench):
+    def fail(batch, instance):
+        raise EngineError("the session failed")
+
+    bench = make_bench(fail, is_quick=True, max_failed_steps=3)
+    with contextlib.suppress(EngineDead):
+        for request_id in range(100):
+            bench.submit(request_id)
+            bench.loop.run_ready()
+            bench.inbox.wait_for(request_id)
+    assert not bench.loop.is_alive
+    assert 3 <= len(bench.inbox.ids) < 100, "each that was taken, until the loop died"
+
+
 def test_close_twice_closes_the_runner_once(make_bench):
     bench = make_bench()
     bench.loop.close(TIMEOUT_S)
@@ -528,7 +597,7 @@ def test_close_delivers_what_is_done_when_it_waits_for_a_stuck_step(make_bench):
 
 
 @pytest.mark.parametrize("is_ordered", [False, True])
-@pytest.mark.parametrize("kind", ["dynamic", "delayed", "alone", "direct", "oldest"])
+@pytest.mark.parametrize("kind", ["dynamic", "delayed", "alone", "direct", "oldest", "quick"])
 @pytest.mark.parametrize("seed", range(3))
 def test_every_request_gets_one_event_with_aborts_failures_and_a_close_in_the_middle(kind, seed, is_ordered):
     if kind in ("direct", "oldest"):
@@ -554,7 +623,8 @@ def test_every_request_gets_one_event_with_aborts_failures_and_a_close_in_the_mi
             raise EngineError("the session failed")
         return {request.id: InvalidRequest("bad row") for request in batch.requests if chance.random() < 0.1}
 
-    bench = Bench(on_step, policy=policy, num_instances=3, max_failed_steps=10**9)
+    bench = Bench(on_step, policy=policy, num_instances=3, is_quick=kind == "quick", max_failed_steps=10**9)
+    one_at_a_time = threading.Lock()
     taken: list[list[int]] = [[] for _ in range(3)]
     may_submit = [threading.Semaphore(8) for _ in range(3)]
     halfway = threading.Barrier(4)
@@ -573,6 +643,9 @@ def test_every_request_gets_one_event_with_aborts_failures_and_a_close_in_the_mi
             try:
                 assert may_submit[caller].acquire(timeout=TIMEOUT_S)
                 bench.loop.submit(request)
+                if kind == "quick":
+                    with one_at_a_time:
+                        bench.loop.run_ready()
             except (InvalidRequest, Overloaded, ModelNotReady):
                 may_submit[caller].release()
                 continue

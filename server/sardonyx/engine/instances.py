@@ -270,6 +270,8 @@ class InstanceLoop:
             return
         with self._lock:
             self._idle.append(instance)
+            if self._is_closing:
+                self._wakers[instance].notify()
 
     def _next(self, instance: int) -> tuple[TensorBatch, float] | None:
         """The instance's next batch and the time, waiting for one; ``None`` when it is time to go."""
@@ -286,6 +288,9 @@ class InstanceLoop:
                     self._idle.append(instance)
                     self._wakers[instance].wait()
                     self._is_waking = False
+                    # At the end, `run_ready` may still have a step on it.
+                    while self._batches[instance] is not None:
+                        self._wakers[instance].wait()
             self._ledger.flush()
             if batch is not None:
                 return batch, now_s
