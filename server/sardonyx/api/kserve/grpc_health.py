@@ -10,14 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from sardonyx.api.kserve.grpc_lingering import Lingering
 from sardonyx.api.kserve.grpc_routes import HEALTH, INFERENCE
-from sardonyx.api.kserve.grpc_status import abort
-from sardonyx.errors import InvalidRequest
 
 WATCH_INTERVAL_S = 0.5
 """How soon a watcher hears of a change."""
@@ -84,11 +81,8 @@ class Reflection:
         await self._lingering.run(self._answer(questions, context))
 
     async def _answer(self, questions: Any, context: Any) -> None:
-        try:
-            async for answer in self._answers(questions, context):
-                await context.write(answer)
-        except DecodeError:
-            await abort(context, InvalidRequest("the message cannot be parsed"))
+        async for answer in self._answers(questions, context):
+            await context.write(answer)
 
 
 async def _wait_for_ever() -> None:

@@ -18,8 +18,8 @@ MAX_DETAILS_BYTES = 2048
 """Clients take 8 KiB of trailers, in which a byte may become three; messages quote names that callers chose."""
 
 
-async def abort(context: Any, error: BaseException, request_id: str = "") -> NoReturn:
-    """End the call with an error's status; what we did not foresee is logged, and its caller learns nothing of it.
+def status_of(error: BaseException, request_id: str = "") -> tuple[Any, str, tuple[tuple[str, str], ...]]:
+    """Code, message and trailing metadata for an exception.
 
     A full queue also says, in ``grpc-retry-pushback-ms``, when clients that retry by themselves should.
 
@@ -28,8 +28,13 @@ async def abort(context: Any, error: BaseException, request_id: str = "") -> NoR
     trailers: tuple[tuple[str, str], ...] = ()
     if isinstance(error, Overloaded):
         trailers = (("grpc-retry-pushback-ms", str(max(1, math.ceil(error.retry_after_s * 1000)))),)
+    return grpc.StatusCode[grpc_code_name(error)], details_of(error, request_id), trailers
+
+
+async def abort(context: Any, error: BaseException, request_id: str = "") -> NoReturn:
+    """End the call with an error's status; what we did not foresee is logged, and its caller learns nothing of it."""
     log_unforeseen(error)
-    await context.abort(grpc.StatusCode[grpc_code_name(error)], details_of(error, request_id), trailers)
+    await context.abort(*status_of(error, request_id))
     raise AssertionError("abort returns to nobody")
 
 

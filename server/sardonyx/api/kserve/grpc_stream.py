@@ -31,7 +31,7 @@ from sardonyx.api.kserve.grpc_messages import (
 from sardonyx.api.kserve.grpc_status import abort, details_of, log_unforeseen
 from sardonyx.api.kserve.grpc_wire import RequestParts, join_stream_reply, split_request
 from sardonyx.api.kserve.service import InferenceService
-from sardonyx.errors import InvalidRequest, ModelNotReady, PayloadTooLarge, RequestAborted
+from sardonyx.errors import ModelNotReady, PayloadTooLarge, RequestAborted, ServeError
 
 MAX_IN_FLIGHT = 128
 """Requests of one stream that have no answer yet: enough to fill the largest usual batches."""
@@ -87,12 +87,12 @@ class InferStream:
     async def _read(self, group: asyncio.TaskGroup) -> None:
         while True:
             await self._slots.acquire()
-            data = await self._context.read()
-            if data is grpc.aio.EOF:
-                return
             try:
+                data = await self._context.read()
+                if data is grpc.aio.EOF:
+                    return
                 parts = split_request(data)
-            except InvalidRequest as error:
+            except ServeError as error:
                 # Whose request it was nobody can tell.
                 await self._end(error)
             await self._begin(group, parts, len(data))

@@ -106,10 +106,10 @@ def test_a_header_block_may_be_cut():
     [
         (b"", 12, "the method takes exactly one message"),
         (message(b"a") + message(b"b"), 12, "the method takes exactly one message"),
-        (message(b"abc")[:-1], 13, "the message is cut off"),
-        (b"\0\0\0", 13, "the message is cut off"),
-        (b"\2" + message(b"a")[1:], 13, "the message has unknown flags"),
-        (message(b"a", is_compressed=True), 13, "the message is compressed, and grpc-encoding is missing"),
+        (message(b"abc")[:-1], 3, "the message is cut off"),
+        (b"\0\0\0", 3, "the message is cut off"),
+        (b"\2" + message(b"a")[1:], 3, "the message has unknown flags"),
+        (message(b"a", is_compressed=True), 3, "the message is compressed, and grpc-encoding is missing"),
     ],
 )
 @pytest.mark.parametrize("size", [2, 1000])
@@ -125,7 +125,7 @@ def test_a_request_that_is_not_one_message_is_refused(body, code, details, size)
 def test_a_stream_that_ends_within_a_message_is_refused(body):
     answer = answer_to(lambda peer: peer.headers(1, STREAM) + R.data(1, message(b"a") + body, ends=True))
     assert answer.messages == [b"a"]
-    assert answer.trailers == {"grpc-status": "13", "grpc-message": "the last message is cut off"}
+    assert answer.trailers == {"grpc-status": "3", "grpc-message": "the last message is cut off"}
 
 
 @pytest.mark.parametrize("path", [UNARY, STREAM])
@@ -158,7 +158,7 @@ def test_a_message_that_was_compressed_in_another_way_is_refused(encoding):
     for data in (b"not compressed", gzip.compress(b"abc")[:-2], zlib.compress(b"abc")[:-2]):
         body = message(data, is_compressed=True)
         answer = answer_to(lambda peer: peer.headers(1, grpc_encoding=encoding) + R.data(1, body, ends=True))  # noqa: B023
-        assert answer.status == 13
+        assert answer.status == 3
         assert answer.headers["grpc-message"] == f"the message cannot be decompressed as {encoding}"
 
 

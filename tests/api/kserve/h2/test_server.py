@@ -47,6 +47,36 @@ def test_a_call_is_answered_over_a_bare_socket(live):
     assert len(answer.messages) == 1
 
 
+@pytest.mark.parametrize(
+    ("last", "status", "details"),
+    [
+        (message(bytes(5000)), 8, "the message is larger than 4,096 bytes: it has 5,000"),
+        (message(b"x", is_compressed=True), 3, "the message is compressed, and grpc-encoding is missing"),
+        (message(b"abc")[:-1], 3, "the last message is cut off"),
+    ],
+)
+def test_a_broken_message_ends_a_stream_with_its_status(last, status, details, caplog):
+    made = Requests()
+    first = message(integers(7).SerializeToString())
+    with serving(grpc_max_message_bytes=4096) as live, connect(live) as connection:
+        connection.sendall(made.greeting() + made.headers(1, STREAM) + R.data(1, first + last, ends=True))
+        connection.sendall(frames.frame(frames.GOAWAY, 0, 0, bytes(8)))
+        answer = read_answers(read_to_end(connection))[1]
+    assert answer.status == status
+    assert {**answer.headers, **answer.trailers}["grpc-message"] == details
+    assert not caplog.records
+
+
+def test_a_watch_that_is_no_message_is_refused(live, caplog):
+    made = Requests()
+    with connect(live) as connection:
+        path = "/grpc.health.v1.Health/Watch"
+        connection.sendall(made.greeting() + made.headers(1, path) + R.data(1, message(b"\xff"), ends=True))
+        connection.sendall(frames.frame(frames.GOAWAY, 0, 0, bytes(8)))
+        assert read_answers(read_to_end(connection))[1].status == 3
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", frames.PREFACE + bytes(9), b"\x16\x03\x01"])
 def test_other_protocols_are_sent_away(live, data):
     with connect(live) as connection:

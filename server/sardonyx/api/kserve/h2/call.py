@@ -11,11 +11,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from sardonyx.api.kserve.grpc_status import log_unforeseen
+from sardonyx.api.kserve.grpc_status import log_unforeseen, status_of
 from sardonyx.api.kserve.h2 import answers
-from sardonyx.api.kserve.h2.messages import MessageFault, decompress
+from sardonyx.api.kserve.h2.messages import decompress
 from sardonyx.api.kserve.h2.stream import Stream
+from sardonyx.errors import DeadlineExceeded, InvalidRequest, ServeError, UnsupportedFeature
 
 Code = Any
 """``grpc.StatusCode``, which is untyped."""
@@ -64,11 +66,10 @@ class Call:
         elif self._stream.is_half_closed:
             self._run(self._answer_received)
 
-    def finish(self, code: Code, details: str = "", metadata: answers.Metadata = ()) -> None:
-        """End the call with a status, unless it has ended; what still runs of it is cancelled by who else calls it."""
-        self._stream.end(answers.trailers(code.value[0], details, metadata))
-        self._stop_clock()
-        if self._task is not None and self._task is not asyncio.current_task():
+    def fail(self, error: ServeError) -> None:
+        """End the call from outside of its method, which is cancelled."""
+        self._finish(*status_of(error))
+        if self._task is not None:
             self._task.cancel()
 
     def cancel(self) -> None:
@@ -83,7 +84,7 @@ class Call:
             self._timer = None
 
     def _expire(self) -> None:
-        self.finish(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+        self.fail(DeadlineExceeded("Deadline Exceeded"))
 
     # What methods call.
 
@@ -92,28 +93,30 @@ class Call:
 
     async def abort(self, code: Code, details: str = "", trailing_metadata: answers.Metadata = ()) -> None:
         """End the call with a status. Always raises ``AbortError``."""
-        self._finish_from_within(code, details, trailing_metadata)
+        self._finish(code, details, trailing_metadata)
         raise grpc.aio.AbortError
 
     async def read(self) -> Any:
-        """The next message, or ``grpc.aio.EOF`` when the client has no more."""
+        """The next message, or ``grpc.aio.EOF`` when the client has no more.
+
+        Raises:
+            InvalidRequest: it is cut off, or cannot be decompressed or parsed.
+            PayloadTooLarge: it is too large.
+            UnsupportedFeature: it was compressed in a way that we do not know.
+        """
         while (taken := self._stream.take()) is None:
             if self._stream.is_ended:
                 raise grpc.aio.UsageError("the call has ended")
             if self._stream.is_half_closed:
                 if self._stream.has_rest:
-                    raise MessageFault(grpc.StatusCode.INTERNAL, "the last message is cut off")
+                    raise InvalidRequest("the last message is cut off")
                 return grpc.aio.EOF
             self._reader = asyncio.get_running_loop().create_future()
             try:
                 await self._reader
             finally:
                 self._reader = None
-        is_compressed, message = taken
-        if is_compressed:
-            message = await decompress(message, self._stream.head.encoding, self._max_message_bytes)
-        parse = self._handler.request_deserializer
-        return message if parse is None else parse(message)
+        return self._parse(await self._decompress(*taken))
 
     async def write(self, message: Any) -> None:
         """Send a message; back when it is out of our hands, or has no one to take it."""
@@ -135,26 +138,24 @@ class Call:
             await work(*arguments)
         except grpc.aio.BaseError:
             # It has ended: `abort` did it, or it was in vain.
-            self._finish_from_within(grpc.StatusCode.UNKNOWN)
-        except MessageFault as fault:
-            self._finish_from_within(fault.code, fault.details)
+            self._finish(grpc.StatusCode.UNKNOWN)
         except asyncio.CancelledError:
             # Nobody awaits this task, so that nobody needs to be told.
-            self._finish_from_within(grpc.StatusCode.CANCELLED, "the call was cancelled")
+            self._finish(grpc.StatusCode.CANCELLED, "the call was cancelled")
         except Exception as error:
             log_unforeseen(error)
-            self._finish_from_within(grpc.StatusCode.INTERNAL, "internal error")
+            self._finish(*status_of(error))
         else:
-            self._finish_from_within(grpc.StatusCode.OK)
+            self._finish(grpc.StatusCode.OK)
 
-    def _finish_from_within(self, code: Code, details: str = "", metadata: answers.Metadata = ()) -> None:
+    def _finish(self, code: Code, details: str = "", metadata: answers.Metadata = ()) -> None:
         self._stream.end(answers.trailers(code.value[0], details, metadata))
         self._stop_clock()
 
     async def _answer_one(self, message: bytes) -> None:
         handler = self._handler
         if handler.response_streaming:
-            await handler.unary_stream(handler.request_deserializer(message), self)
+            await handler.unary_stream(self._parse(message), self)
             return
         answer: bytes = await handler.unary_unary(message, self)
         if not self._stream.answer(answer) and not self._stream.is_ended:
@@ -163,15 +164,23 @@ class Call:
     async def _answer_received(self) -> None:
         """The one message is in the stream, whole or not."""
         taken = self._stream.take()
+        if taken is None and self._stream.has_rest:
+            raise InvalidRequest("the message is cut off")
         if taken is None or self._stream.has_rest:
-            if taken is None and self._stream.has_rest:
-                raise MessageFault(grpc.StatusCode.INTERNAL, "the message is cut off")
-            raise MessageFault(grpc.StatusCode.UNIMPLEMENTED, "the method takes exactly one message")
-        is_compressed, message = taken
-        del taken
-        if is_compressed:
-            message = await decompress(message, self._stream.head.encoding, self._max_message_bytes)
-        await self._answer_one(message)
+            raise UnsupportedFeature("the method takes exactly one message")
+        await self._answer_one(await self._decompress(*taken))
+
+    async def _decompress(self, is_compressed: bool, message: bytes) -> bytes:
+        if not is_compressed:
+            return message
+        return await decompress(message, self._stream.head.encoding, self._max_message_bytes)
+
+    def _parse(self, message: bytes) -> Any:
+        parse = self._handler.request_deserializer
+        try:
+            return message if parse is None else parse(message)
+        except DecodeError:
+            raise InvalidRequest("the message cannot be parsed") from None
 
     async def _answer_many(self) -> None:
         # No service of ours answers many messages with one.

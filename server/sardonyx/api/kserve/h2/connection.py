@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable
 from typing import cast
 
+import grpc
+
 from sardonyx.api.kserve.grpc_routes import Routes
 from sardonyx.api.kserve.h2 import frames
 from sardonyx.api.kserve.h2.answers import trailers
@@ -24,6 +26,7 @@ from sardonyx.api.kserve.h2.link import Link
 from sardonyx.api.kserve.h2.reader import MAX_DATA_BYTES, Body, FrameReader
 from sardonyx.api.kserve.h2.stream import Stream
 from sardonyx.api.kserve.h2.streams import Streams
+from sardonyx.errors import ModelNotReady
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ DRAIN_TIMEOUT_S = 1.0
 """For a client to hear that it should begin nothing more."""
 _DRAINING = b"draining"
 
+_UNKNOWN_METHOD = trailers(grpc.StatusCode.UNIMPLEMENTED.value[0], "Method not found!")
 _FIRST_FRAMES = frames.settings(
     {
         frames.MAX_CONCURRENT_STREAMS: MAX_CALLS,
@@ -127,8 +131,7 @@ class Connection(Link):
     def cut_short(self) -> None:
         """End every call now, and the connection."""
         for stream in list(self._streams.values()):
-            stream.end(trailers(14, "the server is shutting down"))
-            stream.call.cancel()
+            stream.call.fail(ModelNotReady("the server is shutting down"))
         self.close(ErrorCode.NO_ERROR, self._streams.last_id)
 
     def _close_if_drained(self) -> None:
@@ -171,7 +174,7 @@ class Connection(Link):
         handler = self._routes.service(head)
         if handler is None:
             stream.is_half_closed = ends_stream
-            stream.end(trailers(12, "Method not found!"))
+            stream.end(_UNKNOWN_METHOD)
             return
         stream.call = Call(stream, handler, self.tasks, self._intake.max_message_bytes)
         self._streams[stream_id] = stream

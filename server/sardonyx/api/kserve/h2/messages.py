@@ -8,9 +8,8 @@ Source: gRPC over HTTP/2 (grpc/grpc, doc/PROTOCOL-HTTP2.md), "Length-Prefixed-Me
 import asyncio
 import zlib
 from collections import deque
-from typing import Any
 
-import grpc
+from sardonyx.errors import InvalidRequest, PayloadTooLarge, ServeError, UnsupportedFeature
 
 Buffer = bytes | bytearray | memoryview
 
@@ -22,15 +21,6 @@ MAX_TAIL_BYTES = 64 << 10
 MAX_INLINE_BYTES = 64 << 10
 """Messages of more bytes are decompressed in a thread; so many take about 0.2 ms."""
 _WINDOW_BITS = {"gzip": 31, "deflate": 15}
-
-
-class MessageFault(Exception):
-    """A message that ends its call, with a status."""
-
-    def __init__(self, code: Any, details: str) -> None:
-        super().__init__(details)
-        self.code = code
-        self.details = details
 
 
 class Inbox:
@@ -45,7 +35,7 @@ class Inbox:
         """What of the first piece is gone."""
         self._needed = 0
         """The first message with its prefix; 0 where that has not come."""
-        self._fault: MessageFault | None = None
+        self._fault: ServeError | None = None
         """Of the first message, when the one before it was taken."""
         self.size = 0
         """Bytes that are here."""
@@ -54,7 +44,8 @@ class Inbox:
         """Add a part of what was received.
 
         Raises:
-            MessageFault: the first message is too large.
+            PayloadTooLarge: the first message is too large.
+            InvalidRequest: it is none.
         """
         size = end - begin
         if size >= MIN_VIEW_BYTES:
@@ -78,7 +69,8 @@ class Inbox:
         """The first message and whether it is compressed; ``None`` where it is not whole.
 
         Raises:
-            MessageFault: it is too large.
+            PayloadTooLarge: it is too large.
+            InvalidRequest: it is none.
         """
         if self._fault is not None:
             raise self._fault
@@ -88,7 +80,7 @@ class Inbox:
         self._needed = 0
         try:
             self._measure()
-        except MessageFault as fault:
+        except ServeError as fault:
             self._fault = fault
         return bool(prefix[0]), message
 
@@ -110,7 +102,7 @@ class Inbox:
         if length > self._max_bytes:
             raise _too_large(self._max_bytes, f"{length:,}")
         if prefix[0] > 1:
-            raise MessageFault(grpc.StatusCode.INTERNAL, "the message has unknown flags")
+            raise InvalidRequest("the message has unknown flags")
         self._needed = PREFIX_BYTES + length
 
     def _take(self, size: int) -> bytes:
@@ -135,12 +127,14 @@ async def decompress(data: bytes, encoding: str, max_bytes: int) -> bytes:
     """A compressed message as it was.
 
     Raises:
-        MessageFault: it was compressed in another way or is larger than `max_bytes`.
+        PayloadTooLarge: it is larger than `max_bytes`.
+        InvalidRequest: it was compressed in another way.
+        UnsupportedFeature: we do not know that way.
     """
     if encoding not in _WINDOW_BITS:
         if encoding == "identity":
-            raise MessageFault(grpc.StatusCode.INTERNAL, "the message is compressed, and grpc-encoding is missing")
-        raise MessageFault(grpc.StatusCode.UNIMPLEMENTED, "grpc-encoding must be identity, deflate or gzip")
+            raise InvalidRequest("the message is compressed, and grpc-encoding is missing")
+        raise UnsupportedFeature("grpc-encoding must be identity, deflate or gzip")
     inflater = zlib.decompressobj(_WINDOW_BITS[encoding])
     try:
         message = inflater.decompress(data, min(MAX_INLINE_BYTES, max_bytes + 1))
@@ -148,15 +142,13 @@ async def decompress(data: bytes, encoding: str, max_bytes: int) -> bytes:
             rest = inflater.unconsumed_tail
             message += await asyncio.to_thread(inflater.decompress, rest, max_bytes + 1 - len(message))
     except zlib.error:
-        raise MessageFault(grpc.StatusCode.INTERNAL, f"the message cannot be decompressed as {encoding}") from None
+        raise InvalidRequest(f"the message cannot be decompressed as {encoding}") from None
     if len(message) > max_bytes:
         raise _too_large(max_bytes, "more")
     if not inflater.eof:
-        raise MessageFault(grpc.StatusCode.INTERNAL, f"the message cannot be decompressed as {encoding}")
+        raise InvalidRequest(f"the message cannot be decompressed as {encoding}")
     return message
 
 
-def _too_large(max_bytes: int, size: str) -> MessageFault:
-    return MessageFault(
-        grpc.StatusCode.RESOURCE_EXHAUSTED, f"the message is larger than {max_bytes:,} bytes: it has {size}"
-    )
+def _too_large(max_bytes: int, size: str) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the message is larger than {max_bytes:,} bytes: it has {size}")

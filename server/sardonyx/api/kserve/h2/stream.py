@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-import grpc
-
 from sardonyx.api.kserve.h2 import answers
 from sardonyx.api.kserve.h2.frames import (
     DATA,
@@ -28,7 +26,8 @@ from sardonyx.api.kserve.h2.frames import (
     window_update,
 )
 from sardonyx.api.kserve.h2.intake import WINDOW_BYTES, Intake
-from sardonyx.api.kserve.h2.messages import PREFIX_BYTES, Buffer, Inbox, MessageFault
+from sardonyx.api.kserve.h2.messages import PREFIX_BYTES, Buffer, Inbox
+from sardonyx.errors import PayloadTooLarge, ServeError
 
 if TYPE_CHECKING:
     from sardonyx.api.kserve.h2.call import Call
@@ -117,8 +116,8 @@ class Stream:
                 return
         try:
             self._keep(data, begin, end)
-        except MessageFault as fault:
-            self.call.finish(fault.code, fault.details)
+        except ServeError as error:
+            self.call.fail(error)
         else:
             self.call.notice()
 
@@ -134,7 +133,7 @@ class Stream:
         elif not self.is_half_closed:
             # It must go on, whatever its length; for many such at once there is a limit.
             if self._intake.holds_too_much:
-                raise MessageFault(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many unfinished messages on one connection")
+                raise PayloadTooLarge("too many unfinished messages on one connection")
             self._credit(self._receive_window)
 
     def charge(self, size: int) -> None:
@@ -151,7 +150,8 @@ class Stream:
         """The next message and whether it is compressed; ``None`` while it is not whole.
 
         Raises:
-            MessageFault: it is too large.
+            PayloadTooLarge: it is too large.
+            InvalidRequest: it is none.
         """
         inbox = self._inbox
         if inbox is None:
