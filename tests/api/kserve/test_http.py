@@ -1,3 +1,4 @@
+import asyncio
 import base64
 import gzip
 import json
@@ -11,6 +12,7 @@ from litestar import get
 from litestar.testing import TestClient
 from tests.api.kserve.fake_service import SUM, FakeService, create_app, int32s, serving
 
+from sardonyx.api.kserve import generate, infer_reply, infer_request, inference
 from sardonyx.api.kserve.codec import to_raw
 from sardonyx.api.kserve.routes import ROUTES
 from sardonyx.errors import Overloaded, RequestAborted
@@ -86,6 +88,44 @@ def test_each_output_chooses_for_itself(api):
         {"name", "datatype", "shape", "data"},
     ]
     assert tail == np.full(16, 3, np.int32).tobytes()
+
+
+@pytest.fixture
+def loops_of(monkeypatch):
+    """The event loops on which functions of modules run; ``None`` where it is none."""
+
+    def watch(*functions):
+        loops = {}
+
+        def watched(name, original):
+            def function(*args, **options):
+                loops[name] = asyncio._get_running_loop()
+                return original(*args, **options)
+
+            return function
+
+        for module, name in functions:
+            monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
+        return loops
+
+    return watch
+
+
+def test_many_strings_are_read_and_written_off_the_event_loop(api, loops_of):
+    loops = loops_of((infer_request, "from_raw"), (infer_reply, "to_raw"))
+    array = np.array([[b"a", b""] * 10_000], object)
+    members = {"datatype": "BYTES", "parameters": {"binary_data_output": True}}
+    answer = post_binary(api, "identity_bytes", array, **members)
+    assert split(answer)[1] == to_raw(Tensor("x", "BYTES", array))
+    assert loops == {"from_raw": None, "to_raw": None}
+
+
+@pytest.mark.parametrize("endpoint", ["generate", "generate_stream"])
+def test_many_generated_values_are_written_off_the_event_loop(api, loops_of, monkeypatch, endpoint):
+    monkeypatch.setattr(inference, "VALUE_BYTES", 1 << 20)
+    loops = loops_of((generate, "encode_answer"))
+    assert api.post(f"/v2/models/llm/{endpoint}", json={"PROMPT": "hello", "STREAM": False}).status_code == 200
+    assert loops == {"encode_answer": None}
 
 
 @pytest.mark.parametrize("datatype", sorted(DATATYPES))

@@ -63,6 +63,11 @@ def read_request(body: bytes, inputs: Sequence[TensorMetadata], *, model_name: s
     )
 
 
+def num_values(answer: WireReply) -> int:
+    """How many values `encode_answer` writes; for choosing where."""
+    return sum(output.array.size for output in answer.outputs if isinstance(output, Tensor))
+
+
 def encode_answer(answer: WireReply) -> bytes:
     """One answer as a JSON object; outputs of one element are that element.
 

@@ -15,10 +15,12 @@ from sardonyx.api.kserve.codec import to_raw
 from sardonyx.api.kserve.exchange import JSON_TYPE, Reply
 from sardonyx.api.kserve.infer_request import HEADER_LENGTH, ParsedRequest
 from sardonyx.api.kserve.json_tensor import to_json
-from sardonyx.tensors import Parameter
+from sardonyx.tensors import Parameter, Tensor
 
 _BINARY_TYPE = (b"content-type", b"application/octet-stream")
 _HEADER_LENGTH = HEADER_LENGTH.encode()
+VALUE_BYTES = 32
+"""A value counts as so many bytes where it is asked whether to write it on the event loop."""
 
 
 class OutputJson(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -44,12 +46,16 @@ class ReplyJson(msgspec.Struct, frozen=True, omit_defaults=True):
 _ENCODER = msgspec.json.Encoder()
 
 
-def num_json_bytes(reply: WireReply, asked: ParsedRequest) -> int:
-    """About how many bytes of JSON text an answer takes; for choosing where to make it."""
+def num_text_bytes(reply: WireReply, asked: ParsedRequest) -> int:
+    """About what an answer that is made value by value, JSON or strings, would take as JSON text.
+
+    For choosing where to make it.
+    """
     return sum(
-        output.array.size * 8
+        output.array.size * VALUE_BYTES
         for output in reply.outputs
-        if not isinstance(output, SharedOutput) and not asked.binary.get(output.name, asked.is_binary)
+        if isinstance(output, Tensor)
+        and (output.datatype == "BYTES" or not asked.binary.get(output.name, asked.is_binary))
     )
 
 

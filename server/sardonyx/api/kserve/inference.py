@@ -12,12 +12,13 @@ from sardonyx.api.kserve.body import choose_encoding, compress, decompress
 from sardonyx.api.kserve.calls import WireReply, WireRequest
 from sardonyx.api.kserve.errors import encode_error
 from sardonyx.api.kserve.exchange import JSON_TYPE, Exchange, Header, Reply, off_loop
-from sardonyx.api.kserve.infer_reply import encode_reply, num_json_bytes
+from sardonyx.api.kserve.infer_reply import VALUE_BYTES, encode_reply, num_text_bytes
 from sardonyx.api.kserve.infer_request import (
     HEADER_LENGTH,
     InferJson,
     ParsedRequest,
     header_length_of,
+    num_slow_bytes,
     parse_request,
     raw_request,
     read_json,
@@ -48,7 +49,7 @@ class Inference:
         asked = await self._parse(exchange, body)
         exchange.request_id = asked.request.id
         answer = await exchange.while_connected(self._service.infer(asked.request))
-        reply = await off_loop(num_json_bytes(answer, asked), lambda: encode_reply(answer, asked))
+        reply = await off_loop(num_text_bytes(answer, asked), lambda: encode_reply(answer, asked))
         accepted = exchange.headers.get("accept-encoding")
         return await _compressed(reply, accepted) if accepted else reply
 
@@ -80,7 +81,7 @@ class Inference:
 
         json = await off_loop(length, lambda: read_json(body, length))
         exchange.request_id = json.id
-        return await off_loop(length, lambda: parse(json))
+        return await off_loop(num_slow_bytes(json, length), lambda: parse(json))
 
     async def _read_generate(self, exchange: Exchange) -> WireRequest:
         if exchange.headers.get("content-encoding", "identity").lower() != "identity":
@@ -107,7 +108,7 @@ class Inference:
                 only = answer
         if only is None:
             raise _not_one_answer()
-        return Reply(generate.encode_answer(only), headers=(JSON_TYPE,))
+        return Reply(await _encoded(only), headers=(JSON_TYPE,))
 
     async def _stream(self, exchange: Exchange, request: WireRequest) -> None:
         """Errors before the first answer are raised; later ones, for which the status is sent already, are events."""
@@ -116,7 +117,7 @@ class Inference:
                 async for answer in answers:
                     if answer.is_final and not answer.outputs:
                         continue
-                    event = b"data: %s\n\n" % generate.encode_answer(answer)
+                    event = b"data: %s\n\n" % await _encoded(answer)
                     if not exchange.has_begun:
                         await exchange.begin(_EVENT_STREAM)
                     await exchange.send_piece(event)
@@ -134,6 +135,10 @@ class Inference:
 def _generator(answers: AsyncIterator[WireReply]) -> AsyncGenerator[WireReply, None]:
     """The service's streams are generators: closing one aborts."""
     return cast("AsyncGenerator[WireReply, None]", answers)
+
+
+async def _encoded(answer: WireReply) -> bytes:
+    return await off_loop(generate.num_values(answer) * VALUE_BYTES, lambda: generate.encode_answer(answer))
 
 
 def _not_one_answer() -> InvalidRequest:
