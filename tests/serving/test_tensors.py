@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,12 @@ from sardonyx.errors import (
     UnsupportedFeature,
 )
 from sardonyx.runtime.dtypes import DATATYPES
+from sardonyx.serving import tensor_checks, tensors
 from sardonyx.serving.registry import Registry
 from sardonyx.serving.served import InferAnswer, InferCall
 from sardonyx.serving.tensors import TensorModel
 from sardonyx.statistics import Duration
+from sardonyx.tensors import Tensor
 
 BUSY = 50_000
 """Turns of `tiny_tensors.slow`: about half a second, in which a test can see that it runs."""
@@ -59,6 +62,10 @@ def outcome(result: InferAnswer | BaseException) -> str:
 async def end_of(task: "asyncio.Task[InferAnswer]") -> str:
     (result,) = await asyncio.gather(task, return_exceptions=True)
     return outcome(result)
+
+
+def many_strings(count: int = 20_000) -> InferCall:
+    return call(Tensor("INPUT0", "BYTES", np.array([[b"a"] * count], object)))
 
 
 # Answers --------------------------------------------------------------------------------------------------------------
@@ -127,6 +134,28 @@ def test_truth_values_pass(tmp_path: Path) -> None:
 
     async def test(registry: Registry) -> None:
         assert await infer(registry, one([[True, False, True]], "BOOL")) == {"OUTPUT0": [[True, False, True]]}
+
+    run(tmp_path, test)
+
+
+def test_many_strings_are_converted_off_the_event_loop(tmp_path: Path, monkeypatch: Any) -> None:
+    write_identity(tmp_path, datatype="BYTES")
+    loops = []
+
+    def noting(original: Any) -> Any:
+        def convert(tensor: Tensor) -> Any:
+            loops.append(asyncio._get_running_loop())
+            return original(tensor)
+
+        return convert
+
+    monkeypatch.setattr(tensor_checks, "to_text", noting(tensor_checks.to_text))
+    monkeypatch.setattr(tensors, "with_bytes", noting(tensors.with_bytes))
+
+    async def test(registry: Registry) -> None:
+        answer = await registry.served("m").infer(many_strings())
+        assert answer.outputs[0].array.tolist() == [[b"a"] * 20_000]
+        assert loops == [None, None]
 
     run(tmp_path, test)
 
@@ -412,6 +441,30 @@ def test_draining_lets_what_was_accepted_end_and_takes_nothing_more(tmp_path: Pa
             await model.infer(turns(1))
         await drain
         assert [outcome(each) for each in await asyncio.gather(*held)] == ["InferAnswer"] * 3
+
+    run(tmp_path, test)
+
+
+def test_draining_waits_for_a_call_whose_strings_are_still_read(tmp_path: Path, monkeypatch: Any) -> None:
+    write_identity(tmp_path, datatype="BYTES")
+    is_reading, go_on = threading.Event(), threading.Event()
+    read = tensor_checks.to_text
+
+    def read_when_told(tensor: Tensor) -> Any:
+        is_reading.set()
+        assert go_on.wait(20)
+        return read(tensor)
+
+    async def test(registry: Registry) -> None:
+        model = tensor_model(registry)
+        monkeypatch.setattr(tensor_checks, "to_text", read_when_told)
+        held = asyncio.create_task(model.infer(many_strings()))
+        await until(is_reading.is_set)
+        drain = asyncio.create_task(model.drain(60))
+        await asyncio.sleep(0)  # it begins
+        go_on.set()
+        await drain
+        assert await end_of(held) == "InferAnswer"
 
     run(tmp_path, test)
 

@@ -5,11 +5,11 @@ Floor 4. Pure. This runs for every request, so what can be known of a model befo
 
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from sardonyx.errors import InvalidRequest
 from sardonyx.serving.served import InferCall
+from sardonyx.serving.strings import to_text
 from sardonyx.tensors import Tensor, TensorMetadata
 
 _NOTE = (
@@ -75,7 +75,7 @@ class TensorSignature:
                 raise InvalidRequest(f"input '{tensor.name}' already exists in request", param="inputs")
             array = tensor.array
             if as_text and tensor.datatype == "BYTES":
-                array, num_bytes = _as_text(tensor)
+                array, num_bytes = to_text(tensor)
                 bound.num_bytes += num_bytes
             else:
                 bound.num_bytes += array.nbytes
@@ -145,26 +145,6 @@ class TensorSignature:
             f"but missing required input(s) {missing}. Please provide all required input(s).",
             param="inputs",
         )
-
-
-def _as_text(tensor: Tensor) -> tuple[npt.NDArray[Any], int]:
-    """BYTES as ONNX Runtime takes them, and how many bytes they are.
-
-    Its Python binding takes text only: bytes that are no UTF-8 cannot reach a model.
-    """
-    array = np.empty(tensor.array.shape, object)
-    flat = array.reshape(-1)
-    num_bytes = 0
-    try:
-        for index, value in enumerate(tensor.array.reshape(-1)):
-            num_bytes += len(value)
-            flat[index] = value.decode()
-    except UnicodeDecodeError:
-        raise InvalidRequest(
-            f"element {index} of input '{tensor.name}' is not UTF-8; string tensors of ONNX models must be",
-            param="inputs",
-        ) from None
-    return array, num_bytes
 
 
 def _show(shape: tuple[int, ...]) -> str:

@@ -27,10 +27,11 @@ from sardonyx.runtime.providers import ExecutionProvider, execution_provider, nu
 from sardonyx.runtime.session import Session, SessionConfig, open_session
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.ensemble import EnsembleModel, EnsembleVersion, Resolve, check_parts
+from sardonyx.serving.event_inbox import EventInbox
 from sardonyx.serving.quick_models import is_quick
 from sardonyx.serving.response_cache import ResponseCache
 from sardonyx.serving.tensor_files import kserve_datatype, read_labels, tensor_graph, warm_up
-from sardonyx.serving.tensors import EventInbox, TensorModel, TensorVersion
+from sardonyx.serving.tensors import TensorModel, TensorVersion
 from sardonyx.settings import Settings
 from sardonyx.tensors import TensorMetadata
 

@@ -5,10 +5,8 @@ Floor 4. Everything but the instances' threads runs on the event loop that made 
 
 import asyncio
 import itertools
-import logging
-import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import msgspec
@@ -18,14 +16,14 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from sardonyx.errors import DeadlineExceeded, InvalidRequest, ModelNotReady, ServeError, UnsupportedFeature
 from sardonyx.serving.admission import Admission
+from sardonyx.serving.event_inbox import EventInbox
 from sardonyx.serving.open_calls import OpenCalls
 from sardonyx.serving.response_cache import ResponseCache
 from sardonyx.serving.served import InferAnswer, InferCall
+from sardonyx.serving.strings import has_many, with_bytes
 from sardonyx.serving.tensor_checks import BoundCall, TensorSignature
 from sardonyx.statistics import InferenceStatistics, failure_reason
 from sardonyx.tensors import SequenceControl, Tensor, TensorEvent, TensorMetadata, TensorRequest
-
-logger = logging.getLogger(__name__)
 
 
 class InstanceEngine(Protocol):
@@ -73,38 +71,6 @@ class TensorVersion(msgspec.Struct, frozen=True, kw_only=True):
     """Of the control input that gets a sequence's id, where there is one."""
 
 
-class EventInbox:
-    """Brings the events of the instances' threads to the event loop: one call a batch."""
-
-    def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread_id = 0
-        self._sink: Callable[[list[TensorEvent]], None] | None = None
-
-    def connect(self, sink: Callable[[list[TensorEvent]], None]) -> None:
-        """Once, before the first request."""
-        self._sink = sink
-
-    def open(self) -> asyncio.AbstractEventLoop:
-        """The running event loop; it gets the events."""
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-            self._thread_id = threading.get_ident()
-        return self._loop
-
-    def deliver(self, events: list[TensorEvent]) -> None:
-        """Called in an instance's thread, or on the event loop for what ends there."""
-        if self._loop is None or self._sink is None:
-            return
-        if threading.get_ident() == self._thread_id:
-            self._sink(events)
-            return
-        try:
-            self._loop.call_soon_threadsafe(self._sink, events)
-        except RuntimeError:
-            logger.debug("%d events came after the event loop was closed", len(events))
-
-
 class TensorModel:
     """A `served.ServedModel`.
 
@@ -147,6 +113,8 @@ class TensorModel:
         self._timeout_s = timeout_s
         self._signature = TensorSignature(version.name, version.inputs, version.outputs, version.config.max_batch_size)
         self._datatypes = {each.name: each.datatype for each in version.outputs}
+        self._takes_strings = any(each.datatype == "BYTES" for each in version.inputs)
+        self._gives_strings = any(each.datatype == "BYTES" for each in version.outputs)
         self._ids = itertools.count()
         self._futures: dict[int, asyncio.Future[TensorEvent]] = {}
         self._calls = OpenCalls()
@@ -209,12 +177,23 @@ class TensorModel:
         self._engine.close()
 
     async def _infer(self, call: InferCall) -> InferAnswer:
-        started_ns = time.perf_counter_ns()
         if self._calls.is_draining:
             raise ModelNotReady(
                 f"Server is stopping, scheduler for model '{self.name}' has stopped accepting new inference requests"
             )
-        bound = self._signature.bind(call)
+        self._calls.begin()
+        try:
+            return await self._look_up_or_run(call)
+        finally:
+            self._calls.end()
+
+    async def _look_up_or_run(self, call: InferCall) -> InferAnswer:
+        started_ns = time.perf_counter_ns()
+        # Requests of a sequence keep their order: nothing is awaited before the queue has them.
+        if self._takes_strings and not self._version.is_stateful and has_many(call.inputs):
+            bound = await asyncio.to_thread(self._signature.bind, call)
+        else:
+            bound = self._signature.bind(call)
         sequence = self._sequence(call.sequence) if self._version.is_stateful else None
         key, lookup_ns = None, 0
         if self._cache is not None:
@@ -225,7 +204,7 @@ class TensorModel:
             lookup_ns = now_ns - looked_ns
             if outputs is not None:
                 self.statistics.observe_cache_hit(total_ns=now_ns - started_ns, lookup_ns=lookup_ns)
-                return self._answer(outputs, bound.outputs)
+                return await self._answer(outputs, bound.outputs)
         try:
             event = await self._run(call, bound, sequence)
             if event.error is not None:
@@ -243,7 +222,7 @@ class TensorModel:
         if key is not None and self._cache is not None:
             self._cache.put(key, event.outputs)
             self.statistics.cache_miss.add(lookup_ns + time.perf_counter_ns() - ended_ns)
-        return self._answer(event.outputs, bound.outputs)
+        return await self._answer(event.outputs, bound.outputs)
 
     async def _run(self, call: InferCall, bound: BoundCall, sequence: SequenceControl | None) -> TensorEvent:
         """Admit, submit, wait. Leaving early aborts."""
@@ -252,7 +231,6 @@ class TensorModel:
         request_id = next(self._ids)
         future: asyncio.Future[TensorEvent] = loop.create_future()
         self._futures[request_id] = future
-        self._calls.begin()
         self.statistics.num_pending += 1
         timer: asyncio.TimerHandle | None = None
         try:
@@ -282,7 +260,6 @@ class TensorModel:
                 timer.cancel()
             del self._futures[request_id]
             reservation.release(was_served=True)
-            self._calls.end()
             self.statistics.num_pending -= 1
 
     def _run_quick(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -331,15 +308,9 @@ class TensorModel:
                 )
         return control
 
-    def _answer(self, outputs: dict[str, npt.NDArray[Any]], wanted: tuple[str, ...]) -> InferAnswer:
-        return InferAnswer(outputs=[self._tensor(name, outputs[name]) for name in wanted])
-
-    def _tensor(self, name: str, array: npt.NDArray[Any]) -> Tensor:
-        datatype = self._datatypes[name]
-        if datatype == "BYTES":
-            encoded = np.empty(array.shape, object)
-            flat = encoded.reshape(-1)
-            for index, value in enumerate(array.reshape(-1)):
-                flat[index] = value.encode()
-            array = encoded
-        return Tensor(name, datatype, array)
+    async def _answer(self, outputs: dict[str, npt.NDArray[Any]], wanted: tuple[str, ...]) -> InferAnswer:
+        tensors = [Tensor(name, self._datatypes[name], outputs[name]) for name in wanted]
+        if self._gives_strings:
+            many = has_many(tensors)
+            tensors = [await asyncio.to_thread(with_bytes, each) if many else with_bytes(each) for each in tensors]
+        return InferAnswer(outputs=tensors)
