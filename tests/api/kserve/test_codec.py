@@ -84,6 +84,7 @@ def test_a_size_that_is_not_the_shapes_is_refused_with_both(datatype, size):
         ([4, 2**60 + 2], "byte size overflow for input 'x'"),
         ([0, 2**70], "causes total element count to exceed"),
         ([1] * 65, "dimensions"),
+        ([2**62] * 100_000, "has 100000 dimensions"),
     ],
 )
 def test_a_shape_that_nothing_can_have_is_refused(read, shape, message):

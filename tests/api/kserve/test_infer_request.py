@@ -13,11 +13,11 @@ from sardonyx.tensors import Tensor, TensorMetadata
 ONE_FIELD = "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
 
 
-def parse(body, tail=b""):
+def parse(body, tail=b"", max_bytes=1 << 20):
     """The request of a JSON value with bytes behind it."""
     head = body if isinstance(body, bytes) else msgspec.json.encode(body)
     json = read_json(head + tail, len(head))
-    return parse_request(json, head + tail, len(head), model_name="m", model_version="")
+    return parse_request(json, head + tail, len(head), model_name="m", model_version="", max_bytes=max_bytes)
 
 
 def one(**members):
@@ -227,12 +227,24 @@ def test_any_structured_body_is_read_or_refused(body, tail):
             assert tensor.array.flags.c_contiguous
 
 
+def test_tensors_over_the_limit_are_refused_though_their_text_is_not():
+    inputs = [{"name": name, "shape": [4, 100], "datatype": "FP64", "data": [1] * 400} for name in "ab"]
+    assert len(parse({"inputs": inputs}, max_bytes=6400).request.inputs) == 2
+    with pytest.raises(PayloadTooLarge, match="6400 bytes or more exceeds the maximum allowed input size"):
+        parse({"inputs": inputs}, max_bytes=6399)
+
+
+def test_bytes_are_within_the_limit_of_the_body_already():
+    body = one(datatype="FP64", parameters={"binary_data_size": 16})
+    assert parse(body, bytes(16), max_bytes=1).request.inputs
+
+
 @settings(deadline=None)
 @given(st.binary(max_size=80), st.text(max_size=4) | st.integers(-2, 90).map(str))
 def test_any_bytes_and_any_header_are_read_or_refused(body, header):
     try:
         length = header_length_of({"inference-header-content-length": header}, len(body))
-        parse_request(read_json(body, length), body, length, model_name="m", model_version="")
+        parse_request(read_json(body, length), body, length, model_name="m", model_version="", max_bytes=1 << 20)
     except (InvalidRequest, PayloadTooLarge):
         pass
 

@@ -125,14 +125,15 @@ def element_count(shape: Sequence[int], name: str) -> int:
     """
     if shape and min(shape) < 0:
         raise InvalidRequest(f"shape for input '{name}' contains one or more invalid dimensions", param=name)
+    # Before they are multiplied: 80,000 of them take 15 s, in which no thread runs Python.
+    if len(shape) > MAX_DIMENSIONS:
+        raise InvalidRequest(f"input '{name}' has {len(shape)} dimensions; {MAX_DIMENSIONS} are possible", param=name)
     count = math.prod(shape)
     # Dimensions beside a 0 are bounded as well: numpy cannot hold them.
     if count > MAX_ELEMENTS or (not count and math.prod(filter(None, shape)) > MAX_ELEMENTS >> 4):
         raise InvalidRequest(
             f"shape of input '{name}' causes total element count to exceed maximum size of {MAX_ELEMENTS}", param=name
         )
-    if len(shape) > MAX_DIMENSIONS:
-        raise InvalidRequest(f"input '{name}' has {len(shape)} dimensions; {MAX_DIMENSIONS} are possible", param=name)
     return count
 
 

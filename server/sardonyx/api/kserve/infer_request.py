@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from sardonyx.api.kserve.body import over_limit
 from sardonyx.api.kserve.calls import RegionSlice, SharedInput, WantedOutput, WireRequest
-from sardonyx.api.kserve.codec import element_count, from_raw
+from sardonyx.api.kserve.codec import MAX_ELEMENTS, element_count, from_raw
 from sardonyx.api.kserve.json_tensor import from_json
 from sardonyx.api.kserve.json_text import check_containers, decode_json
 from sardonyx.errors import InvalidRequest
@@ -120,7 +121,9 @@ def num_slow_bytes(json: InferJson, length: int) -> int:
     return length + _SLOWER_STRINGS * sum(size or 0 for size in sizes)
 
 
-def parse_request(json: InferJson, body: bytes, length: int, *, model_name: str, model_version: str) -> ParsedRequest:
+def parse_request(
+    json: InferJson, body: bytes, length: int, *, model_name: str, model_version: str, max_bytes: int
+) -> ParsedRequest:
     """The request that a body holds.
 
     Args:
@@ -129,16 +132,18 @@ def parse_request(json: InferJson, body: bytes, length: int, *, model_name: str,
         length: bytes of the JSON.
         model_name: from the path.
         model_version: from the path.
+        max_bytes: of the tensors that come as JSON, whose text may be shorter than they are.
 
     Raises:
         InvalidRequest: an input has no data or several kinds of it, sizes do not add up, a name comes twice, an
             output's parameters contradict each other.
-        PayloadTooLarge: data opens too many lists.
+        PayloadTooLarge: data opens too many lists, or the tensors are over the limit.
     """
     parameters = json.parameters or {}
     is_binary = parameters.get("binary_data_output", False)
     if not isinstance(is_binary, bool):
         raise InvalidRequest("'binary_data_output' must be a boolean", param="parameters.binary_data_output")
+    _check_expanded(json.inputs, max_bytes)
     inputs = _read_inputs(json.inputs, body, length, model_name)
     outputs = [_wanted(output, output.parameters or _NO_PARAMETERS) for output in json.outputs or ()]
     if len({tensor.name for tensor in inputs}) != len(inputs):
@@ -246,6 +251,17 @@ def _read_inputs(inputs: list[InputJson], body: bytes, position: int, model_name
     if position != len(view):
         raise InvalidRequest(f"unexpected additional input data for model '{model_name}': {len(view) - position} bytes")
     return tensors
+
+
+def _check_expanded(inputs: list[InputJson], max_bytes: int) -> None:
+    """Before any of it is made: a value of two characters may become eight bytes."""
+    num_bytes = 0
+    for each in inputs:
+        known = DATATYPES.get(each.datatype)
+        if memoryview(each.data).nbytes and known is not None and min(each.shape, default=0) >= 0:
+            num_bytes += element_count(each.shape, each.name) * known.array.itemsize
+    if max_bytes < num_bytes <= MAX_ELEMENTS:  # what is beyond has errors of its own
+        raise over_limit(num_bytes, max_bytes)
 
 
 def _check_one_kind(each: InputJson, parameters: TensorParameters) -> None:

@@ -77,7 +77,14 @@ class Inference:
             )
 
         def parse(json: InferJson) -> ParsedRequest:
-            return parse_request(json, body, length, model_name=exchange.model, model_version=exchange.version)
+            return parse_request(
+                json,
+                body,
+                length,
+                model_name=exchange.model,
+                model_version=exchange.version,
+                max_bytes=exchange.max_bytes,
+            )
 
         json = await off_loop(length, lambda: read_json(body, length))
         exchange.request_id = json.id
