@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sardonyx.api.kserve.h2.answers import literal
 from sardonyx.api.kserve.h2.frames import ConnectionFault, ErrorCode
 from sardonyx.api.kserve.h2.heads import MAX_LIST_BYTES, MAX_REMEMBERED, HeadReader
 
@@ -32,6 +33,42 @@ def test_a_block_means_something_else_once_the_table_has_changed():
     reader.read(encoder.encode([*CALL, ("a", "c")]))
     assert reader.read(encoder.encode([*CALL, ("a", "b")])) == remembered
     assert reader.read(block) != remembered
+
+
+def test_a_block_with_literals_that_go_nowhere_is_looked_up():
+    reader = HeadReader()
+    plain = b"".join(literal(name.encode(), value.encode()) for name, value in CALL)
+    assert reader.read(plain) is reader.read(plain)
+
+
+def test_an_entry_like_the_last_one_changes_the_table_too():
+    reader = HeadReader()
+    plain = b"".join(literal(name.encode(), value.encode()) for name, value in CALL)
+    # Full, so that its length stays: 4,096 bytes of entries of 34.
+    for number in range(130):
+        reader.read(plain + b"\x40\x01a\x01" + bytes([48 + number % 10]))
+    second = plain + b"\xbf"
+    assert reader.read(second).invocation_metadata == (("a", "8"),)
+    reader.read(plain + b"\x40\x01a\x019")
+    assert reader.read(second).invocation_metadata == (("a", "9"),)
+
+
+@pytest.mark.parametrize("size", [b"\x20", b"\x3e"])
+def test_a_smaller_table_is_a_change(size):
+    encoder, reader = hpack.Encoder(), HeadReader()
+    reader.read(encoder.encode([*CALL, ("a", "b")]))
+    block = encoder.encode([*CALL, ("a", "b")])
+    reader.read(block)
+    reader.read(size)
+    with pytest.raises(ConnectionFault):
+        reader.read(block)
+
+
+def test_long_blocks_are_not_remembered():
+    reader = HeadReader()
+    plain = b"".join(literal(name.encode(), value.encode()) for name, value in CALL) + literal(b"a", bytes(1000))
+    reader.read(plain.replace(b"\0" * 1000, b"x" * 1000))
+    assert not reader._known
 
 
 METADATA = st.lists(
