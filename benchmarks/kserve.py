@@ -46,11 +46,11 @@ class Point:
 @dataclass(frozen=True)
 class Contestant:
     server: Server
-    instances: list[int]
-    """Counts that it may choose from."""
+    instances: list[str]
+    """What it may choose from: a count, or ``2x1`` for two instances whose runs have one thread each."""
 
 
-Loads = dict[tuple[str, str, str, int], Load]
+Loads = dict[tuple[str, str, str, str], Load]
 """By server, model, protocol and instances."""
 
 
@@ -98,8 +98,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.5, help="of one server's turn, after its warm-up")
     parser.add_argument("--threads", type=int, default=2, help="of one run of a model")
-    parser.add_argument("--sardonyx-instances", type=numbers, default=[1], help="counts to choose from")
-    parser.add_argument("--triton-instances", type=numbers, default=[1, 2], help="counts to choose from")
+    parser.add_argument("--sardonyx-instances", type=texts, default=["1", "2"], help="counts to choose from")
+    parser.add_argument("--triton-instances", type=texts, default=["1", "2", "2x1"], help="see --sardonyx-instances")
     parser.add_argument("--sardonyx-python", default=sys.executable, help="an interpreter that has Sardonyx")
     parser.add_argument("--cache", type=lambda text: Path(text).resolve(), default=Path(".cache/kserve").resolve())
     parser.add_argument("--name", default="kserve")
@@ -116,6 +116,10 @@ def names_of(known: Iterable[str]) -> Callable[[str], list[str]]:
         return given
 
     return names
+
+
+def texts(text: str) -> list[str]:
+    return text.split(",")
 
 
 def numbers(text: str) -> list[int]:
@@ -159,7 +163,7 @@ def prepare(models: list[Model], protocols: list[str], servers: dict[str, Contes
 
 def choose_instances(
     points: list[Point], servers: dict[str, Contestant], loads: Loads
-) -> tuple[dict[tuple[Point, str], int], list[dict[str, Any]]]:
+) -> tuple[dict[tuple[Point, str], str], list[dict[str, Any]]]:
     """Each server's faster instance count at each point, from a trial that is not part of the result."""
     chosen, trials = {}, []
     for point in points:
@@ -180,7 +184,7 @@ def summarise(
     point: Point,
     servers: dict[str, Contestant],
     measured: dict[tuple[Point, str], list[Measured]],
-    chosen: dict[tuple[Point, str], int],
+    chosen: dict[tuple[Point, str], str],
 ) -> dict[str, Any]:
     summary: dict[str, Any] = dict(point.__dict__)
     for name in servers:

@@ -22,16 +22,20 @@ SPIN_DURATION_US = "20"
 """As our own sessions: idle compute threads sleep soon, so that they leave the cores to the front."""
 
 
-def serve(models: list[Model], instances: list[int], threads: int, cache: Path) -> Server:
-    """Every model with every number of instances, as `MODEL_xINSTANCES`; those that nobody asks sleep."""
+def serve(models: list[Model], instances: list[str], threads: int, cache: Path) -> Server:
+    """Every model with every choice of instances, as `MODEL_xINSTANCES`; those that nobody asks sleep.
+
+    ``2x1`` is two instances whose runs have one thread each, in place of `threads`.
+    """
     folder = _installed(cache)
     repository = cache / "triton-repository"
     shutil.rmtree(repository, ignore_errors=True)
-    parameters = {"threads": str(threads), "spin_duration_us": SPIN_DURATION_US}
     for model in models:
-        for count in instances:
-            entry = repository / f"{model.name}_x{count}"
-            model.write(entry, model.config(entry.name, "python", count, parameters))
+        for choice in instances:
+            count, _, own_threads = choice.partition("x")
+            parameters = {"threads": own_threads or str(threads), "spin_duration_us": SPIN_DURATION_US}
+            entry = repository / f"{model.name}_x{choice}"
+            model.write(entry, model.config(entry.name, "python", int(count), parameters))
             shutil.copy(Path(__file__).with_name("triton_model.py"), entry / "1" / "model.py")
     http_port, grpc_port = free_ports(2)
     command = [

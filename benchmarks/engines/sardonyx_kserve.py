@@ -11,14 +11,14 @@ from v2.servers import Server, free_ports
 PACKAGES = ("sardonyx", "onnxruntime", "numpy", "uvicorn", "litestar", "grpcio")
 
 
-def serve(models: list[Model], instances: list[int], threads: int, cache: Path, python: str) -> Server:
+def serve(models: list[Model], instances: list[str], threads: int, cache: Path, python: str) -> Server:
     """Every model with every number of instances, as `MODEL_xINSTANCES`, as the rival has them."""
     repository = cache / "sardonyx-repository"
     shutil.rmtree(repository, ignore_errors=True)
     for model in models:
         for count in instances:
             entry = repository / f"{model.name}_x{count}"
-            model.write(entry, model.config(entry.name, "onnxruntime", count, {}))
+            model.write(entry, model.config(entry.name, "onnxruntime", int(count), {}))
     http_port, grpc_port = free_ports(2)
     command = [python, "-m", "sardonyx", "serve", str(repository)]
     command += ["--port", str(http_port), "--grpc-port", str(grpc_port), "--num-threads", str(threads)]

@@ -126,7 +126,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Answer `/tokenizer_info`, which shows the chat template."""
 
     num_threads: Annotated[int, Meta(ge=0, le=1024)] = 0
-    """Threads that work on a model's step. 0: the physical cores that affinity and cgroup quota leave us."""
+    """Threads of a model; instances on the CPU divide them. 0: the physical cores that affinity and quota leave us."""
     allow_spinning: bool = False
     """Idle compute threads spin as long as ONNX Runtime likes: for one model alone on its machine."""
 

@@ -1,5 +1,6 @@
 """Batches as runs of real sessions."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -443,3 +444,47 @@ def test_every_datatype_may_be_empty(open_runner: Opened, datatype: str):
     runner = open_runner(tiny_tensors.identity(datatype))
     (result,) = run(runner, request(INPUT0=np.empty((2, 0), DATATYPES[datatype].array)))
     assert result["OUTPUT0"].shape == (2, 0)
+
+
+class NotedSession:
+    """A session that says when it is entered, and leaves when it may."""
+
+    model_name = "noted"
+
+    def __init__(self) -> None:
+        self.entered = threading.Semaphore(0)
+        self.leave = threading.Semaphore(0)
+        self.num_runs = 0
+        self.is_closed = False
+
+    def run(self, inputs: Any, wanted: Any) -> Any:
+        self.num_runs += 1
+        self.entered.release()
+        assert self.leave.acquire(timeout=20)
+        return {name: np.zeros((1, 1), np.int32) for name in wanted}
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_step_that_is_alone_runs_on_the_session_with_all_threads() -> None:
+    narrow, wide = NotedSession(), NotedSession()
+    runner = TensorModelRunner([narrow, narrow], TensorGraph(is_batching=True))  # type: ignore[list-item]
+    runner.use_alone(wide)  # type: ignore[arg-type]
+    batch = TensorBatch([TensorRow(TensorRequest(id=1, inputs={}, outputs=("y",)))])
+    first = threading.Thread(target=runner.execute, args=(batch, 0))
+    first.start()
+    assert wide.entered.acquire(timeout=20)
+    second = threading.Thread(target=runner.execute, args=(batch, 1))
+    second.start()
+    assert narrow.entered.acquire(timeout=20)
+    wide.leave.release()
+    first.join()
+    narrow.leave.release()
+    second.join()
+    wide.leave.release()
+    runner.execute(batch, 1)
+    assert (wide.num_runs, narrow.num_runs) == (2, 1)
+    runner.close()
+    assert wide.is_closed
+    assert narrow.is_closed

@@ -4,6 +4,7 @@ Floor 3. Instances of one device share a session: ONNX Runtime runs it from seve
 and implicit state, which no caller sends, are added here.
 """
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,13 @@ class TensorModelRunner:
     def __init__(self, sessions: Sequence[Session], graph: TensorGraph) -> None:
         self._sessions = list(sessions)
         self._graph = graph
+        self._wide: Session | None = None
+        self._num_running = 0
+        self._lock = threading.Lock()
+
+    def use_alone(self, session: Session) -> None:
+        """Run on this session, on whatever instance, while no other step runs. Before the first step."""
+        self._wide = session
 
     def execute(self, batch: TensorBatch, instance: int) -> TensorOutput:
         """Run one step.
@@ -82,9 +90,21 @@ class TensorModelRunner:
         Raises:
             EngineError: the session failed, or an output has not the shape that the config says.
         """
+        if self._wide is None:
+            return self._execute(batch, self._sessions[instance])
+        with self._lock:
+            is_alone = not self._num_running
+            self._num_running += 1
+        try:
+            return self._execute(batch, self._wide if is_alone else self._sessions[instance])
+        finally:
+            with self._lock:
+                self._num_running -= 1
+
+    def _execute(self, batch: TensorBatch, session: Session) -> TensorOutput:
         groups = self._groups(batch.rows)
         if len(groups) == 1:
-            return self._run(batch.rows, instance)
+            return self._run(batch.rows, session)
         results: list[dict[str, Array] | ServeError] = [{} for _ in batch.rows]
         times = InferenceTimes()
         for indexes in groups:
@@ -92,7 +112,7 @@ class TensorModelRunner:
             if all(row.request is None for row in rows):
                 continue
             try:
-                output = self._run(rows, instance)
+                output = self._run(rows, session)
             except EngineError as error:
                 output = TensorOutput([error for _ in rows], InferenceTimes())
             times = _sum(times, output.times)
@@ -102,8 +122,9 @@ class TensorModelRunner:
 
     def close(self) -> None:
         """Free the sessions."""
-        for session in set(self._sessions):
-            session.close()
+        for session in {*self._sessions, self._wide}:
+            if session is not None:
+                session.close()
 
     def _groups(self, rows: list[TensorRow]) -> list[list[int]]:
         """Indexes of rows that can share a run: their states have the same shapes."""
@@ -113,14 +134,14 @@ class TensorModelRunner:
             groups.setdefault(shapes, []).append(index)
         return list(groups.values())
 
-    def _run(self, rows: list[TensorRow], instance: int) -> TensorOutput:
+    def _run(self, rows: list[TensorRow], session: Session) -> TensorOutput:
         started_ns = time.perf_counter_ns()
         requests = [row.request for row in rows if row.request is not None]
         wanted = _wanted(requests)
         inputs = self._inputs(rows)
         states = [state.output_name for state in self._graph.states if state.output_name not in wanted]
         joined_ns = time.perf_counter_ns()
-        outputs = self._sessions[instance].run(inputs, [*wanted, *states])
+        outputs = session.run(inputs, [*wanted, *states])
         ran_ns = time.perf_counter_ns()
         self._check_batch(outputs, sum(row.request.batch_size if row.request else 1 for row in rows))
         self._keep_states(rows, outputs)

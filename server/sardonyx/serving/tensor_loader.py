@@ -17,22 +17,22 @@ from sardonyx.engine.sequences import SequenceOptions, SequencePolicy
 from sardonyx.errors import ConfigError
 from sardonyx.metrics import Metrics
 from sardonyx.repository import dynamic_batching
-from sardonyx.repository.accelerators import GPU_PROVIDERS, PATH_OPTIONS
 from sardonyx.repository.autocomplete import GraphTensor, check_graph, complete_config
 from sardonyx.repository.layout import ModelEntry
 from sardonyx.repository.tensor_config import TensorConfig, TensorSpec, read_placement, read_tensor_config
 from sardonyx.runners.tensors import TensorModelRunner
 from sardonyx.runtime import session as sessions
-from sardonyx.runtime.providers import ExecutionProvider, execution_provider, num_gpus
-from sardonyx.runtime.session import Session, SessionConfig, open_session
+from sardonyx.runtime.providers import num_gpus
+from sardonyx.runtime.session import Session
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.ensemble import EnsembleModel, EnsembleVersion, Resolve, check_parts
 from sardonyx.serving.event_inbox import EventInbox
 from sardonyx.serving.quick_models import is_quick
 from sardonyx.serving.response_cache import ResponseCache
 from sardonyx.serving.tensor_files import kserve_datatype, read_labels, tensor_graph, warm_up
+from sardonyx.serving.tensor_sessions import SessionOpener
 from sardonyx.serving.tensors import TensorModel, TensorVersion
-from sardonyx.settings import Settings
+from sardonyx.settings import Settings, usable_cores
 from sardonyx.tensors import TensorMetadata
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class TensorLoader:
         )
         self._cache = ResponseCache(settings.response_cache_bytes) if settings.response_cache_bytes else None
         self._num_gpus = num_gpus()
+        self._num_threads = settings.num_threads or usable_cores()
 
     def load(self, entry: ModelEntry, version: int) -> TensorModel | EnsembleModel:
         """One version, its instances running.
@@ -75,13 +76,19 @@ class TensorLoader:
         path = _graph_path(entry, version, defaults.default_model_filename)
         started_s = time.monotonic()
         with ExitStack() as undo:
-            opened = _open_sessions(path, entry.path, placement)
+            opener = SessionOpener(path, entry.path, placement, self._num_threads)
+            opened = opener.open_all()
             for session in set(opened):
                 undo.callback(session.close)
             config, tensors = self._complete(entry.config, opened[0], file)
             runner = TensorModelRunner(opened, tensor_graph(tensors, entry.path))
             loaded = _version(entry, version, config, tensors, path)
             warm_up(runner, tensors, entry.path)
+            quick = is_quick(runner, tensors, path)
+            if not quick and (wide := opener.open_wide()) is not None:
+                undo.callback(wide.close)
+                runner.use_alone(wide)
+                warm_up(runner, tensors, entry.path)
             inbox = EventInbox()
             loop = InstanceLoop(
                 entry.name,
@@ -89,7 +96,7 @@ class TensorLoader:
                 runner,
                 inbox.deliver,
                 num_instances=len(tensors.instances),
-                is_quick=is_quick(runner, tensors, path),
+                is_quick=quick,
             )
             loop.start()
             undo.pop_all()
@@ -145,51 +152,6 @@ def _graph_path(entry: ModelEntry, version: int, file_name: str) -> Path:
     if not path.resolve().is_relative_to(entry.path.resolve()):
         raise ConfigError("is a link that leads out of the model's folder", file=str(path))
     return path
-
-
-def _open_sessions(path: Path, folder: Path, placement: TensorConfig) -> list[Session]:
-    """The session of each instance: one for all on the CPU, one for each card. `folder` is the model's.
-
-    ONNX Runtime lets several threads run one session at once; Triton's backend opens one an instance all the same.
-    """
-    opened: dict[int | None, Session] = {}
-    for instance in placement.instances:
-        if instance.gpu not in opened:
-            config = _session_config(placement, instance.gpu, folder)
-            opened[instance.gpu] = open_session(path, model_name=placement.name, config=config)
-    return [opened[instance.gpu] for instance in placement.instances]
-
-
-def _session_config(placement: TensorConfig, gpu: int | None, folder: Path) -> SessionConfig:
-    parameters = placement.session
-    given = SessionConfig()
-    return SessionConfig(
-        providers=tuple(_providers(placement, gpu, folder)),
-        num_threads=parameters.num_intra_op_threads,
-        num_parallel_threads=parameters.num_inter_op_threads,
-        is_parallel=parameters.is_parallel,
-        enable_arena=given.enable_arena if parameters.enable_arena is None else parameters.enable_arena,
-        enable_mem_pattern=(
-            given.enable_mem_pattern if parameters.enable_mem_pattern is None else parameters.enable_mem_pattern
-        ),
-        graph_level=placement.graph_level,
-        session_entries=parameters.session_entries,
-        run_entries=parameters.run_entries,
-    )
-
-
-def _providers(placement: TensorConfig, gpu: int | None, folder: Path) -> list[ExecutionProvider]:
-    chosen = []
-    for choice in placement.providers:
-        on_gpu = choice.name in GPU_PROVIDERS
-        if on_gpu and gpu is None:
-            continue
-        # Otherwise ONNX Runtime would take relative paths from the working directory.
-        options = {key: str(folder / value) if key in PATH_OPTIONS else value for key, value in choice.options.items()}
-        chosen.append(execution_provider(choice.name, {**options, "device_id": str(gpu)} if on_gpu else options))
-    if not any(each.name == "cpu" for each in chosen):
-        chosen.append(execution_provider("cpu"))
-    return chosen
 
 
 def _graph_inputs(session: Session) -> list[GraphTensor]:
