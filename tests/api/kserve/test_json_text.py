@@ -1,11 +1,13 @@
 import contextlib
 import timeit
+import tracemalloc
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sardonyx.api.kserve import json_text
 from sardonyx.api.kserve.json_text import MAX_DEPTH, check_containers, check_nesting, decode_json
 from sardonyx.errors import InvalidRequest, PayloadTooLarge
 
@@ -48,6 +50,34 @@ def test_nesting_is_bounded(opener):
 @given(st.lists(st.text(alphabet='[]{}"\\a', max_size=9), min_size=30, max_size=60))
 def test_brackets_in_strings_are_not_nesting(strings):
     check_nesting(msgspec.json.encode([strings] * 4))
+
+
+@pytest.mark.parametrize(
+    "strings", [b'"' + b"[x" * 500_000 + b'"', b",".join([b'"["'] * 250_000), b'"' + b'\\"[' * 300_000 + b'"']
+)
+def test_strings_take_a_few_times_their_own_memory(strings):
+    text = b'{"items":[' + strings + b",NaN" + b"[]" * 100 + b"]}"
+    tracemalloc.start()
+    check_nesting(text)
+    with pytest.raises(InvalidRequest):
+        decode_json(text, DECODER)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * len(text)
+
+
+@given(st.lists(st.text(alphabet='[]{}"\\a', max_size=9) | st.lists(st.just(""), max_size=3), max_size=30))
+def test_lists_are_counted_outside_of_strings_only(values):
+    num_lists = 1 + sum(isinstance(value, list) for value in values)
+    text = msgspec.json.encode([values] * 4)
+    assert bytes(json_text._brackets(text)).count(b"[") == 1 + 4 * num_lists
+
+
+@pytest.mark.parametrize("literal", [b"NaN", b"Infinity", b"-Infinity"])
+@pytest.mark.parametrize("before", [b'"a",', b'"a", "NaN", -1, ', b'"\\"", 1, "",', b'{"NaN":"Infinity"},'])
+def test_what_json_has_no_number_for_becomes_a_string_wherever_it_stands(before, literal):
+    known = msgspec.json.decode(b"[" + before + b"0]")[:-1]
+    assert decode_json(b"[" + before + literal + b",1]", ANYTHING) == [*known, literal.decode(), 1]
 
 
 def test_text_that_no_quote_ends_is_looked_at_once():
