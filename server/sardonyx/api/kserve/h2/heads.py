@@ -2,7 +2,7 @@
 
 Floor 5. A client repeats itself: from its second call on, a block is references into HPACK's dynamic table and literals
 that do not go there. Such a block means the same until another one changes the table, and is looked up instead of
-decoded, which takes 40 us less.
+decoded: 0.06 us instead of 17 to 25, where a whole call that does nothing takes 13.
 
 Source: RFC 7541 (HPACK); RFC 9113, section 8.2 and 8.3 (malformed requests); gRPC over HTTP/2 (grpc/grpc,
 doc/PROTOCOL-HTTP2.md), "Requests".

@@ -90,13 +90,15 @@ class Link(asyncio.Protocol):
                 timer.cancel()
 
     def write(self, data: bytes) -> None:
-        if not self.is_closed and self._transport is not None:
-            self._transport.write(data)
+        transport = self._transport
+        if transport is not None and not self.is_closed and not transport.is_closing():
+            transport.write(data)
 
     def write_pieces(self, pieces: Iterable[Buffer]) -> None:
         """Write without joining; large ones are not copied."""
-        if not self.is_closed and self._transport is not None:
-            self._transport.writelines(pieces)
+        transport = self._transport
+        if transport is not None and not self.is_closed and not transport.is_closing():
+            transport.writelines(pieces)
         self.wake()
 
     def takes_at_once(self, size: int) -> bool:
