@@ -23,6 +23,12 @@ def made_of(*parts: str) -> ModelOverride:
     return ModelOverride(config=json.dumps({"platform": "ensemble", "ensemble_scheduling": {"step": steps}}))
 
 
+async def has_looked(registry: Registry) -> None:
+    """Wait until a load that was just begun has looked at the repository: looks come one after the other."""
+    await asyncio.sleep(0)
+    await registry.refresh()
+
+
 # Loading
 
 
@@ -80,6 +86,7 @@ def test_who_asks_after_the_files_changed_gets_no_load_of_the_old_ones() -> None
         await until(lambda: source.loaded_names() == ["a"])
         source.write("a")
         second = asyncio.create_task(registry.load("a", only_if_changed=True))
+        await has_looked(registry)
         gate.set()
         editions = [(await task).newest.edition for task in (first, second)]  # type: ignore[attr-defined]
         assert editions == [1, 2]
@@ -144,6 +151,7 @@ def test_who_brings_nothing_along_does_not_get_the_failure_of_who_does() -> None
         bringing = asyncio.create_task(registry.load("a", OVERRIDE))
         await until(lambda: len(source.loads) == 1)
         plain = asyncio.create_task(registry.load("a", only_if_changed=True))
+        await has_looked(registry)
         gate.set()
         with pytest.raises(LoadFailed, match="does not suit"):
             await bringing
@@ -312,6 +320,26 @@ def test_an_ensemble_that_was_unloaded_by_name_stays_away_when_its_part_comes_ba
         assert rows(registry)[1] == ("outer", 1, "UNAVAILABLE", "unloaded")
 
     run(FakeSource("a", outer=["a"]), test)
+
+
+def test_an_ensemble_that_waits_for_its_part_is_not_waited_for_by_the_part() -> None:
+    source = FakeSource("a", inner=["a"], outer=["inner"])
+
+    async def test(registry: Registry) -> None:
+        outer = next(version for version in source.made if version.name == "outer")
+        outer.gate.clear()
+        call = asyncio.create_task(registry.served("outer").infer(CALL))
+        await until(lambda: outer.num_active == 1)
+        unloading = asyncio.create_task(registry.unload("a"))
+        await until(lambda: states(registry)["outer"] == "UNLOADING")
+        source.write("a")
+        loading = asyncio.create_task(registry.load("inner"))  # waits for a, whose unloading will stop inner
+        await has_looked(registry)
+        outer.gate.set()
+        await asyncio.gather(call, unloading, loading)
+        assert set(states(registry).values()) == {"READY"}
+
+    run(source, test, timeout_s=20)
 
 
 def test_a_part_that_was_unloaded_by_name_is_not_brought_back_with_the_ensemble_of_another() -> None:
@@ -615,7 +643,7 @@ STEPS = st.lists(
 
 
 @given(steps=STEPS, max_loads=st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_nothing_gets_stuck_and_every_call_is_answered_by_a_load_that_was_current(
     steps: list[tuple[str, str]], max_loads: int
 ) -> None:

@@ -2,7 +2,7 @@
 
 Floor 4. Part of the registry, on its event loop: sources are asked in worker threads, entries change between awaits.
 Who unloads a model holds its lock while the ensembles made of it are unloaded; so a load waits for the parts of its
-ensemble before it takes a lock, and no two can wait for each other.
+ensemble before it takes a lock, and no two can wait for each other. Nor does a load wait for what it brings back.
 """
 
 import asyncio
@@ -84,6 +84,8 @@ class Lifecycle:
         """Loads, unloads and closings under way. They go on when the caller who asked for them leaves."""
         self._leaving: dict[asyncio.Task[None], tuple[str, ...]] = {}
         """Ensembles that finish what they have, with the parts that they still need."""
+        self._returning: dict[asyncio.Task[LoadedModel], Entry] = {}
+        """Loads of ensembles that a part brought back."""
 
     async def drain(self, timeout_s: float) -> None:
         """Let everything finish, so long at most. Ensembles first: they still send requests to their parts."""
@@ -158,7 +160,7 @@ class Lifecycle:
             raise self._failure(entry, error) from error
         finally:
             entry.loading, entry.awaited = None, ()
-        await self._bring_back(entry.facts.name)
+        self._bring_back(entry.facts.name)
         return model
 
     def _put(self, entry: Entry, model: LoadedModel, override: ModelOverride | None, fingerprint: str) -> None:
@@ -227,15 +229,22 @@ class Lifecycle:
             entry.reason = f"version {serving} serves; the last reload failed: {reason}"
         return LoadFailed(name, reason, entry.facts.versions)
 
-    async def _bring_back(self, name: str) -> None:
-        """Load the ensembles again that went when this part did, if it was the last one missing."""
+    def _bring_back(self, name: str) -> None:
+        """Begin to load the ensembles again that went when this part did, if it was the last one missing.
+
+        The part's own load does not wait for them: they may wait for it.
+        """
         loaded = {other for other, each in self._entries.items() if each.model is not None}
-        stopped = [
-            other
-            for other in self._entries.values()
-            if other.is_stopped and name in other.facts.depends_on and loaded.issuperset(other.facts.depends_on)
-        ]
-        await asyncio.gather(*map(self.begin_load, stopped), return_exceptions=True)
+        for other in self._entries.values():
+            if other.is_stopped and name in other.facts.depends_on and loaded.issuperset(other.facts.depends_on):
+                task = self.begin_load(other)
+                self._returning[task] = other
+                task.add_done_callback(lambda task: self._returning.pop(task, None))
+
+    async def wait_for_ensembles(self, name: str) -> None:
+        """Until those that come back with this part are there, or have failed."""
+        while tasks := [task for task, other in self._returning.items() if name in self.parts(other)]:
+            await asyncio.wait(tasks)
 
     async def unload(self, entry: Entry, reason: str = "unloaded", *, with_part: bool = False) -> None:
         """Take a model out of its place, ensembles that need it first, and free it when its requests are done.

@@ -226,6 +226,7 @@ class Registry:
                 break
             await asyncio.wait([entry.loading])
         model: LoadedModel = await asyncio.shield(self._lifecycle.begin_load(entry, override))
+        await self._lifecycle.wait_for_ensembles(name)
         return model
 
     def _is_out_of_date(self, entry: Entry) -> bool:
