@@ -42,6 +42,7 @@ from sardonyx.errors import (
 from sardonyx.runtime.dtypes import DATATYPES
 from sardonyx.serving import tensor_checks, tensors
 from sardonyx.serving.registry import Registry
+from sardonyx.serving.response_cache import ResponseCache
 from sardonyx.serving.served import InferAnswer, InferCall
 from sardonyx.serving.tensors import TensorModel
 from sardonyx.statistics import Duration
@@ -708,6 +709,26 @@ def test_wanted_order_is_kept_whoever_asked_first(tmp_path: Path) -> None:
         assert tensor_model(registry).statistics.cache_hit.count == 1
 
     run(tmp_path, test, response_cache_bytes=1 << 20)
+
+
+def test_large_inputs_are_hashed_off_the_event_loop(tmp_path: Path, monkeypatch: Any) -> None:
+    write_identity(tmp_path, datatype="UINT8", rest=CACHED)
+    loops = []
+    make_key = ResponseCache.key
+
+    def noting(*args: Any, **options: Any) -> Any:
+        loops.append(asyncio._get_running_loop())
+        return make_key(*args, **options)
+
+    monkeypatch.setattr(ResponseCache, "key", noting)
+
+    async def test(registry: Registry) -> None:
+        asked = call(Tensor("INPUT0", "UINT8", np.ones((1, 2 << 20), np.uint8)))
+        assert await infer(registry, asked) == await infer(registry, asked)
+        assert loops == [None, None]
+        assert tensor_model(registry).statistics.cache_hit.count == 1
+
+    run(tmp_path, test, response_cache_bytes=8 << 20)
 
 
 def test_cached_strings_are_the_same_bytes(tmp_path: Path) -> None:

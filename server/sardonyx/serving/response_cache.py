@@ -1,6 +1,7 @@
 """Answers of tensor models that are kept, so that an equal request need not be computed again.
 
-Floor 4. Used by one thread, the event loop's. One cache serves all models that enable `response_cache`.
+Floor 4. Used by one thread, the event loop's, but for `ResponseCache.key`. One cache serves all models that enable
+`response_cache`.
 """
 
 import hashlib
@@ -68,7 +69,7 @@ class ResponseCache:
         *,
         generation: int,
     ) -> CacheKey:
-        """The key of a request. Takes about a millisecond for each megabyte.
+        """The key of a request. Takes about a millisecond for each megabyte. Any thread.
 
         Args:
             inputs: by name. BYTES are objects: ``bytes``, or ``str`` that stands for its UTF-8.

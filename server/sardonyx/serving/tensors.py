@@ -4,6 +4,7 @@ Floor 4. Everything but the instances' threads runs on the event loop that made 
 """
 
 import asyncio
+import functools
 import itertools
 import time
 from collections.abc import AsyncIterator
@@ -18,12 +19,15 @@ from sardonyx.errors import DeadlineExceeded, InvalidRequest, ModelNotReady, Ser
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.event_inbox import EventInbox
 from sardonyx.serving.open_calls import OpenCalls
-from sardonyx.serving.response_cache import ResponseCache
+from sardonyx.serving.response_cache import CacheKey, ResponseCache
 from sardonyx.serving.served import InferAnswer, InferCall
 from sardonyx.serving.strings import has_many, with_bytes
 from sardonyx.serving.tensor_checks import BoundCall, TensorSignature
 from sardonyx.statistics import InferenceStatistics, failure_reason
 from sardonyx.tensors import SequenceControl, Tensor, TensorEvent, TensorMetadata, TensorRequest
+
+_MAX_INLINE_KEY_BYTES = 1 << 20
+"""Inputs of more are hashed in a thread; so many take a millisecond."""
 
 
 class InstanceEngine(Protocol):
@@ -198,7 +202,7 @@ class TensorModel:
         key, lookup_ns = None, 0
         if self._cache is not None:
             looked_ns = time.perf_counter_ns()
-            key = self._cache.key(self.name, self.version, bound.inputs, bound.outputs, generation=self._generation)
+            key = await self._key(self._cache, bound)
             outputs = self._cache.get(key)
             now_ns = time.perf_counter_ns()
             lookup_ns = now_ns - looked_ns
@@ -223,6 +227,12 @@ class TensorModel:
             self._cache.put(key, event.outputs)
             self.statistics.cache_miss.add(lookup_ns + time.perf_counter_ns() - ended_ns)
         return await self._answer(event.outputs, bound.outputs)
+
+    async def _key(self, cache: ResponseCache, bound: BoundCall) -> CacheKey:
+        make = functools.partial(
+            cache.key, self.name, self.version, bound.inputs, bound.outputs, generation=self._generation
+        )
+        return make() if bound.num_bytes <= _MAX_INLINE_KEY_BYTES else await asyncio.to_thread(make)
 
     async def _run(self, call: InferCall, bound: BoundCall, sequence: SequenceControl | None) -> TensorEvent:
         """Admit, submit, wait. Leaving early aborts."""

@@ -1,9 +1,11 @@
+import asyncio
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sardonyx.api.kserve.classification import classify
+from sardonyx.api.kserve.classification import MAX_INLINE_VALUES, classify, with_classes
 from sardonyx.errors import InvalidRequest
 from sardonyx.runtime.dtypes import DATATYPES
 from sardonyx.tensors import Tensor
@@ -78,3 +80,27 @@ def test_ranking_is_pythons_sort(rows, count):
     result = texts(classify(scores(rows, "INT32"), count, [], is_batching=True))
     expected = [[f"{row[index]}:{index}" for index in sorted(range(7), key=lambda i: -row[i])[:count]] for row in rows]
     assert result == expected
+
+
+@pytest.mark.parametrize(("size", "is_inline"), [(MAX_INLINE_VALUES, True), (MAX_INLINE_VALUES + 1, False)])
+def test_many_values_are_ranked_off_the_event_loop(size, is_inline):
+    loops = []
+
+    def labels(output):
+        assert output == "x"
+        return Labels()
+
+    class Labels(list):
+        def __len__(self):
+            loops.append(asyncio._get_running_loop())
+            return 0
+
+    async def rank():
+        values = np.arange(size, dtype=np.int32)
+        tensors = [Tensor("x", "INT32", values), Tensor("y", "INT32", values)]
+        first, second = await with_classes(tensors, {"x": 1}, labels, is_batching=False)
+        assert first.array.tolist() == [b"%d:%d" % (size - 1, size - 1)]
+        assert second is tensors[1]
+
+    asyncio.run(rank())
+    assert [loop is not None for loop in loops] == [is_inline]

@@ -1,14 +1,40 @@
 """The classification extension: an output's likeliest classes in place of its values.
 
-Floor 5. Pure.
+Floor 5.
 
 Source: Triton, docs/protocol/extension_classification.md.
 """
+
+import asyncio
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from sardonyx.errors import InvalidRequest
 from sardonyx.tensors import Tensor
+
+MAX_INLINE_VALUES = 8192
+"""More are ranked in a thread."""
+
+
+async def with_classes(
+    outputs: list[Tensor], num_classes: Mapping[str, int], labels: Callable[[str], list[str]], *, is_batching: bool
+) -> list[Tensor]:
+    """The outputs, those that `num_classes` names as `classify` makes them. Raises what it raises.
+
+    Args:
+        labels: class names of an output.
+    """
+    answered = []
+    for tensor in outputs:
+        if wanted := num_classes.get(tensor.name):
+            given = (tensor, wanted, labels(tensor.name))
+            if tensor.array.size > MAX_INLINE_VALUES:
+                tensor = await asyncio.to_thread(classify, *given, is_batching=is_batching)
+            else:
+                tensor = classify(*given, is_batching=is_batching)
+        answered.append(tensor)
+    return answered
 
 
 def classify(tensor: Tensor, num_classes: int, labels: list[str], *, is_batching: bool) -> Tensor:

@@ -25,7 +25,7 @@ from sardonyx.api.kserve.calls import (
     WireReply,
     WireRequest,
 )
-from sardonyx.api.kserve.classification import classify
+from sardonyx.api.kserve.classification import with_classes
 from sardonyx.api.kserve.parameters import read_parameters
 from sardonyx.api.kserve.server_settings import ServerLog, ServerTrace
 from sardonyx.api.kserve.shared_memory import SharedMemory
@@ -149,7 +149,7 @@ class InferenceService:
         """One request, one answer. Raises what `ServedModel.infer` raises; cancelling aborts."""
         model = self.model(request.model_name, request.model_version)
         answer = await model.infer(self._call(request))
-        return self._reply(request, model, answer)
+        return await self._reply(request, model, answer)
 
     async def stream(self, request: WireRequest) -> AsyncIterator[WireReply]:
         """One request, all its answers. An answer without outputs may come last, only to say that it is final.
@@ -161,7 +161,7 @@ class InferenceService:
         answers = cast("AsyncGenerator[InferAnswer, None]", model.stream(self._call(request)))
         async with aclosing(answers):
             async for answer in answers:
-                yield self._reply(request, model, answer)
+                yield await self._reply(request, model, answer)
 
     async def index(self, *, ready: bool = False) -> list[IndexRow]:
         """Every model of the repositories, a row for each version; with `ready` only READY ones."""
@@ -306,11 +306,16 @@ class InferenceService:
             data, name=shared.name, datatype=shared.datatype, shape=shared.shape, model_name=model_name
         )
 
-    def _reply(self, request: WireRequest, model: ServedModel, answer: InferAnswer) -> WireReply:
+    async def _reply(self, request: WireRequest, model: ServedModel, answer: InferAnswer) -> WireReply:
         outputs: list[Tensor | SharedOutput] = list(answer.outputs)
         if request.outputs and outputs:
+            num_classes = {each.name: each.num_classes for each in request.outputs if each.num_classes}
+            tensors = answer.outputs
+            if num_classes:
+                is_batching = model.config.max_batch_size > 0
+                tensors = await with_classes(tensors, num_classes, model.labels, is_batching=is_batching)
             wanted = {each.name: each for each in request.outputs}
-            outputs = [self._output(each, wanted[each.name], model) for each in answer.outputs]
+            outputs = [self._output(each, wanted[each.name]) for each in tensors]
         return WireReply(
             model_name=model.name,
             model_version=str(model.version),
@@ -320,14 +325,7 @@ class InferenceService:
             is_final=answer.is_final,
         )
 
-    def _output(self, tensor: Tensor, wanted: WantedOutput, model: ServedModel) -> Tensor | SharedOutput:
-        if wanted.num_classes:
-            tensor = classify(
-                tensor,
-                wanted.num_classes,
-                model.labels(tensor.name),
-                is_batching=model.config.max_batch_size > 0,
-            )
+    def _output(self, tensor: Tensor, wanted: WantedOutput) -> Tensor | SharedOutput:
         if wanted.data is None:
             return tensor
         data = codec.to_raw(tensor)
