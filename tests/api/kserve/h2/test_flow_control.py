@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.api.kserve.h2.peer import STREAM, UNARY, Peer, Requests, message
 
-from sardonyx.api.kserve.h2 import frames, intake
+from sardonyx.api.kserve.h2 import frames, intake, stream
 from sardonyx.api.kserve.h2.intake import WINDOW_BYTES
 
 R = Requests
@@ -194,6 +194,29 @@ def test_a_deadline_in_the_middle_of_a_message_resets_the_stream():
         assert not peer.answers[1].trailers
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("path", [UNARY, STREAM])
+@pytest.mark.parametrize("taken", [0, 50])
+def test_a_client_that_lives_and_takes_nothing_loses_its_call(monkeypatch, caplog, path, taken):
+    monkeypatch.setattr(stream, "ROOM_TIMEOUT_S", 0.01)
+
+    async def main():
+        peer = small()
+        peer.send(peer.call(1, b"x" * 95, path))
+        if taken:
+            peer.send(window(1, taken))
+        await peer.settle()
+        answer = peer.answers[1]
+        assert len(answer.data) == taken
+        if taken:
+            assert answer.reset == frames.ErrorCode.CANCEL
+        else:
+            assert answer.status == 1
+        assert not peer.pipe.is_closed
+
+    asyncio.run(main())
+    assert not caplog.records
 
 
 def test_a_client_is_given_more_room_for_what_was_taken_and_seldom():

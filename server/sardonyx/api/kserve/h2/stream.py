@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import grpc
+
 from sardonyx.api.kserve.h2 import answers
 from sardonyx.api.kserve.h2.frames import (
     DATA,
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from sardonyx.api.kserve.h2.connection import Connection
     from sardonyx.api.kserve.h2.heads import Head
 
+ROOM_TIMEOUT_S = 300.0
+"""For a client that lives and gives no room: what waits for it takes memory."""
 MAX_TURN_BYTES = 1 << 20
 """Of one message, before other streams get a word in."""
 MAX_TURN_MESSAGES = 8
@@ -221,13 +225,18 @@ class Stream:
             await asyncio.sleep(0)
 
     async def _room(self) -> None:
-        if self.send_window > 0:
-            await self._connection.room()
-            return
-        self._connection.wake()
-        self._waiter = asyncio.get_running_loop().create_future()
+        """Wait until something can be sent, or end the stream of a client that takes nothing for long."""
         try:
-            await self._waiter
+            async with asyncio.timeout(ROOM_TIMEOUT_S):
+                if self.send_window > 0:
+                    await self._connection.room()
+                    return
+                self._connection.wake()
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
+        except TimeoutError:
+            self.end(answers.trailers(grpc.StatusCode.CANCELLED.value[0], "the client takes nothing"))
+            raise grpc.aio.UsageError("the client takes nothing") from None
         finally:
             self._waiter = None
 
