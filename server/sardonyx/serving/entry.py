@@ -11,6 +11,12 @@ from sardonyx.repository.index import IndexEntry
 from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
 from sardonyx.serving.status import ModelState
 
+TEXT_FAMILY = "llm"
+TEXT_FAMILIES = frozenset({TEXT_FAMILY, ""})
+"""Families of models that text can be asked of; empty is a manifest that could not be read, whose load says why."""
+FAMILIES = TEXT_FAMILIES | {"tensors"}
+"""What can be loaded."""
+
 
 @dataclass(slots=True, eq=False)
 class Entry:
@@ -67,6 +73,11 @@ class Entry:
         return self.model.versions[version]
 
     @property
+    def is_loadable(self) -> bool:
+        """It is of a family that can be loaded."""
+        return self.facts.family in FAMILIES
+
+    @property
     def known_versions(self) -> set[int]:
         """For the index. What lies on disk and was not loaded yet is no version beside those that serve."""
         return {*self.past_versions, *(self.facts.versions if self.model is None else ())}
@@ -75,7 +86,3 @@ class Entry:
     def serving_parts(self) -> tuple[str, ...]:
         """What the ensemble that serves is made of."""
         return self.model.depends_on if self.model is not None else ()
-
-    def any_parts(self) -> set[str]:
-        """What an ensemble is made of: as it is being loaded, as it serves, as it lies on disk."""
-        return {*self.awaited, *self.serving_parts, *self.facts.depends_on}

@@ -8,11 +8,12 @@ ensemble before it takes a lock, and no two can wait for each other. Nor does a 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from sardonyx.errors import ConfigError, ModelNotReady, ServeError
-from sardonyx.repository.index import IndexEntry
+from sardonyx.repository.index import DUPLICATE, IndexEntry
+from sardonyx.serving.dependencies import find_circle, parts_of_any_kind, parts_on_disk, reach
 from sardonyx.serving.entry import Entry
 from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
 from sardonyx.serving.status import ModelState, safe_reason
@@ -114,7 +115,7 @@ class Lifecycle:
 
     def fingerprint(self, entry: Entry) -> str:
         """Changes with the files of a model and of those that it is made of. Empty where they could not be read."""
-        parts = sorted(self._parts(entry.facts.depends_on, lambda part: part.facts.depends_on))
+        parts = sorted(reach(self._entries, entry.facts.depends_on, parts_on_disk))
         facts = [self._entries[part].facts for part in parts if part in self._entries]
         return entry.facts.fingerprint + "".join(f"/{part.name}:{part.fingerprint}" for part in facts)
 
@@ -124,6 +125,23 @@ class Lifecycle:
         if model is None or entry.loaded_fingerprint != self.fingerprint(entry):
             return False
         return all(each.is_alive for each in model.versions.values())
+
+    async def follow(self, present: set[str]) -> None:
+        """Load what is new or changed, unload what is gone.
+
+        Args:
+            present: names of the models that lie in the repositories.
+        """
+        work: list[asyncio.Task[Any]] = []
+        for name, entry in list(self._entries.items()):
+            if name not in present:
+                work.append(self.spawn(self.unload(entry)))
+            elif entry.facts.reason == DUPLICATE and entry.model is not None:
+                work.append(self.spawn(self.unload(entry, DUPLICATE)))
+            # A folder that cannot be read is being changed at this moment.
+            elif entry.is_loadable and entry.facts.fingerprint and entry.tried_fingerprint != self.fingerprint(entry):
+                work.append(self.begin_load(entry))
+        await asyncio.gather(*work, return_exceptions=True)
 
     def begin_load(self, entry: Entry, override: ModelOverride | None = None) -> "asyncio.Task[LoadedModel]":
         """The load under way, or a new one. What the last one brought along is kept until the files change."""
@@ -178,12 +196,8 @@ class Lifecycle:
             return
         # Noted before any other load can run: of those that would wait for each other, the last one sees the circle.
         name, entry.awaited = entry.facts.name, depends_on
-        users = self._parts(depends_on, Entry.any_parts, name)
-        if name in users:
-            circle = [name, users[name]]
-            while circle[-1] != name:
-                circle.append(users[circle[-1]])
-            raise ConfigError(f"circular dependency between ensembles: {' -> '.join(reversed(circle))}")
+        if circle := find_circle(self._entries, name, depends_on):
+            raise ConfigError(f"circular dependency between ensembles: {' -> '.join(circle)}")
         parts = [self._entries[part] for part in depends_on if part in self._entries]
         loads = [self.begin_load(part) for part in parts if not self.is_current(part)]
         await asyncio.gather(*loads, return_exceptions=True)
@@ -197,21 +211,7 @@ class Lifecycle:
 
     def parts(self, entry: Entry) -> list[str]:
         """Names that an ensemble depends on, directly and through other ensembles."""
-        return list(self._parts(entry.any_parts(), Entry.any_parts))
-
-    def _parts(
-        self, names: Iterable[str], parts_of: "Callable[[Entry], Iterable[str]]", user: str = ""
-    ) -> dict[str, str]:
-        """Names that are reached from `names`, which `user` depends on, each with one that depends on it."""
-        users: dict[str, str] = {}
-        rest = [(name, user) for name in reversed(list(names))]
-        while rest:
-            name, by = rest.pop()
-            if name not in users:
-                users[name] = by
-                if name in self._entries and name != user:
-                    rest += [(part, name) for part in parts_of(self._entries[name])]
-        return users
+        return list(reach(self._entries, parts_of_any_kind(entry), parts_of_any_kind))
 
     def _failure(self, entry: Entry, error: Exception) -> LoadFailed:
         """Note why a load failed."""

@@ -12,9 +12,10 @@ from sardonyx.repository.index import DUPLICATE, IndexEntry, index, merge
 from sardonyx.repository.layout import ModelEntry, Repository, read_manifest
 from sardonyx.runtime.session import configure_threads
 from sardonyx.serving.ensemble import EnsembleModel
+from sardonyx.serving.entry import TEXT_FAMILY
 from sardonyx.serving.memory import KvBudget, free_memory_bytes
 from sardonyx.serving.override import override_config, override_folder
-from sardonyx.serving.registry import TEXT_FAMILY, Registry
+from sardonyx.serving.registry import Registry
 from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
 from sardonyx.serving.tensor_loader import TensorLoader
 from sardonyx.serving.tensors import TensorModel

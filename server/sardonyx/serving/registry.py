@@ -7,11 +7,10 @@ or taken out of it between two awaits, so whoever resolved a name holds a model 
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from sardonyx.errors import ConfigError, InvalidRequest, ModelNotFound, ModelNotReady
-from sardonyx.repository.index import DUPLICATE, IndexEntry
-from sardonyx.serving.entry import Entry
+from sardonyx.repository.index import IndexEntry
+from sardonyx.serving.entry import FAMILIES, TEXT_FAMILIES, Entry
 from sardonyx.serving.lifecycle import Lifecycle, ModelSource
 from sardonyx.serving.override import check_override
 from sardonyx.serving.readiness import failures, missing, stuck
@@ -20,15 +19,9 @@ from sardonyx.serving.status import ModelState, ModelStatus, VersionStatus, desc
 from sardonyx.serving.text import TextModel
 from sardonyx.serving.text_tensors import TextTensorModel
 
-__all__ = ["ModelSource", "ModelState", "ModelStatus", "Registry", "VersionStatus"]
+__all__ = ["TEXT_FAMILIES", "ModelSource", "ModelState", "ModelStatus", "Registry", "VersionStatus"]
 
 logger = logging.getLogger(__name__)
-
-TEXT_FAMILY = "llm"
-TEXT_FAMILIES = frozenset({TEXT_FAMILY, ""})
-"""Families of models that text can be asked of; empty is a manifest that could not be read, whose load says why."""
-FAMILIES = TEXT_FAMILIES | {"tensors"}
-"""What this registry loads."""
 
 
 class Registry:
@@ -78,7 +71,7 @@ class Registry:
         await self.refresh()
         wanted = set(self._entries if names is None else names)
         if names is None:
-            wanted = {name for name in wanted if self._entries[name].facts.family in FAMILIES}
+            wanted = {name for name in wanted if self._entries[name].is_loadable}
         self._lifecycle.needed.update(wanted)
         self._has_started = True
         for name in sorted(wanted - self._entries.keys()):
@@ -116,22 +109,7 @@ class Registry:
 
         What cannot be loaded is tried again when its files change once more; what served before goes on serving.
         """
-        present = await self.refresh()
-        work: list[asyncio.Task[Any]] = []
-        for name, entry in list(self._entries.items()):
-            if name not in present:
-                work.append(self._lifecycle.spawn(self._lifecycle.unload(entry)))
-            elif entry.facts.reason == DUPLICATE and entry.model is not None:
-                work.append(self._lifecycle.spawn(self._lifecycle.unload(entry, DUPLICATE)))
-            elif self._has_changed(entry):
-                work.append(self._lifecycle.begin_load(entry))
-        await asyncio.gather(*work, return_exceptions=True)
-
-    def _has_changed(self, entry: Entry) -> bool:
-        """Since the last try. A folder that cannot be read is being changed at this moment."""
-        if entry.facts.family not in FAMILIES or not entry.facts.fingerprint:
-            return False
-        return entry.tried_fingerprint != self._lifecycle.fingerprint(entry)
+        await self._lifecycle.follow(await self.refresh())
 
     def resolve(self, name: str | None) -> TextModel:
         """The language model for a request.
@@ -329,7 +307,7 @@ class Registry:
         """Every version of every model, as Triton's repository index shows them."""
         rows = []
         for _, entry in sorted(self._entries.items()):
-            is_new = not entry.was_wanted and entry.facts.family in FAMILIES
+            is_new = not entry.was_wanted and entry.is_loadable
             versions, state = (set(), None) if is_new else (entry.known_versions, entry.state)
             rows += describe_versions(entry.facts.name, versions, entry.model, state, entry.reason)
         return rows
