@@ -1,12 +1,16 @@
+import asyncio
 import json
 import logging
 import shlex
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 
-from sardonyx.app import _JsonFormatter, _LineFormatter, check_startup_models, example_command
+from sardonyx.app import _JsonFormatter, _LineFormatter, _running, check_startup_models, example_command
 from sardonyx.errors import ConfigError
+from sardonyx.metrics import Metrics
 from sardonyx.settings import Settings
 
 
@@ -81,3 +85,26 @@ def test_models_of_the_start_that_would_not_be_loaded_are_refused(options, messa
 @pytest.mark.parametrize("names", [(), ("*",), ("a", "b")])
 def test_models_of_the_start_may_be_all_some_or_none(names):
     check_startup_models(Settings(load_model=names, model_control_mode="explicit"))
+
+
+def test_loads_leave_threads_for_requests():
+    settings = Settings(allow_grpc=False, model_load_thread_count=64)
+    is_over = threading.Event()
+
+    class SlowRegistry:
+        async def start(self, names):
+            await asyncio.gather(*(asyncio.to_thread(is_over.wait) for _ in range(64)))
+
+        async def close(self):
+            is_over.set()
+
+    async def test():
+        service = SimpleNamespace(close=lambda: None)
+        async with _running(settings, SlowRegistry(), Metrics("test"), service, None, None):
+            await asyncio.sleep(0)  # the loads begin
+            try:
+                assert await asyncio.wait_for(asyncio.to_thread(lambda: 1), 5.0) == 1
+            finally:
+                is_over.set()
+
+    asyncio.run(test())

@@ -10,6 +10,7 @@ import logging
 import shlex
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -43,6 +44,8 @@ from sardonyx.version import __version__
 logger = logging.getLogger(__name__)
 
 _LAG_INTERVAL_S = 0.5
+NUM_JOB_THREADS = 8
+"""For what would block the event loop. Beside those of loads, which may hold theirs for minutes."""
 GRPC_GRACE_S = 5.0
 """After the drain, for the last answers over gRPC."""
 
@@ -207,6 +210,8 @@ async def _running(
     ending: Ending | None,
 ) -> AsyncIterator[None]:
     """Models load while the server already answers; everything is closed at the end."""
+    threads = ThreadPoolExecutor(settings.model_load_thread_count + NUM_JOB_THREADS, "sardonyx-job")
+    asyncio.get_running_loop().set_default_executor(threads)
     async with contextlib.AsyncExitStack() as closing:
         closing.push_async_callback(registry.close)
         closing.callback(service.close)
