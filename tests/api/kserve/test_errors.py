@@ -8,6 +8,7 @@ from sardonyx import errors
 from sardonyx.api.kserve.errors import (
     ANSWERS,
     encode_error,
+    encode_message,
     grpc_code_name,
     headers_for,
     http_status,
@@ -67,3 +68,7 @@ def test_a_full_server_says_when_to_come_again():
 
 def test_a_missing_key_is_answered_with_the_scheme_to_use():
     assert headers_for(errors.Unauthenticated("who?")) == [(b"www-authenticate", b"Bearer")]
+
+
+def test_a_message_that_is_not_unicode_is_told_all_the_same():
+    assert encode_message("a\ud800b") == b'{"error":"a?b"}'

@@ -38,6 +38,27 @@ def test_keys_that_name_an_input_become_it_and_all_others_parameters():
     assert request.parameters == {"temperature": 0.5, "seed": 3}
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"PROMPT": "a", "\\ud800": 1}',
+        b'{"\\ud800": null}',
+        b'{"id": "\\udfff"}',
+        b'{"x": "a\\uD800b"}',
+        b'{"parameters": {"x": "\\ud800"}}',
+        b'{"PROMPT": "\\ud800"}',
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(body):
+    with pytest.raises(InvalidRequest, match="not Unicode") as caught:
+        read(body)
+    assert caught.value.message.isascii()
+
+
+def test_a_whole_surrogate_pair_is_a_character():
+    assert read(b'{"PROMPT": "\\ud83d\\ude00"}').inputs[0].array.tolist() == ["😀".encode()]
+
+
 def test_inputs_may_lie_in_the_nested_object():
     assert read({"parameters": {"PROMPT": ["hi"]}}).inputs[0].array.tolist() == [b"hi"]
 

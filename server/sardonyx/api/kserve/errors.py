@@ -91,7 +91,8 @@ def encode_error(error: BaseException, request_id: str = "") -> bytes:
 
 def encode_message(message: str) -> bytes:
     """The HTTP envelope of a message, as JSON."""
-    return msgspec.json.encode(ErrorBody(message))
+    # Messages may quote what a caller sent.
+    return msgspec.json.encode(ErrorBody(message.encode(errors="replace").decode()))
 
 
 def headers_for(error: BaseException) -> list[tuple[bytes, bytes]]:

@@ -6,6 +6,7 @@ Source: Triton, docs/protocol/extension_generate.md.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from sardonyx.api.kserve.json_tensor import encode_values
 from sardonyx.api.kserve.json_text import check_containers, check_nesting
 from sardonyx.errors import InvalidRequest
 from sardonyx.tensors import Parameter, Tensor, TensorMetadata
+
+# What spells a surrogate, which without its other half no answer could repeat. Python's parser takes it.
+_HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 Pairs = list[tuple[str, Any]]
 
@@ -92,6 +96,11 @@ def _read_pairs(body: bytes) -> Pairs:
     except (ValueError, RecursionError) as error:
         at = f" at {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise InvalidRequest(f"failed to parse the request JSON buffer: invalid value{at}") from None
+    if _HALF_PAIR.search(body):
+        try:
+            json.dumps(pairs, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest("failed to parse the request JSON buffer: a string is not Unicode") from None
     if not isinstance(pairs, _Members):
         raise InvalidRequest("failed to parse the request JSON buffer: it is no JSON object")
     return pairs
