@@ -369,6 +369,14 @@ def test_loop_dies_when_steps_fail_one_after_the_other(make_bench):
     assert bench.runner.num_closed == 1
 
 
+def test_loop_lives_however_many_steps_fail_where_that_proves_nothing(make_bench):
+    bench = make_bench(fail, max_failed_steps=None)
+    for request_id in range(20):
+        bench.run(request_id)
+    assert bench.loop.is_alive
+    assert bench.loop.stats().num_failed_steps == 20
+
+
 def test_loop_lives_when_steps_fail_now_and_then(make_bench):
     steps = iter([fail, lambda batch, instance: None] * 3)
     bench = make_bench(lambda batch, instance: next(steps)(batch, instance), max_failed_steps=2)

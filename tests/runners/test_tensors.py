@@ -172,6 +172,19 @@ def test_output_without_the_batch_axis_fails_the_step(open_runner: Opened, num_r
         run(runner, *[request(INPUT0=np.ones((2, 1), np.float32)) for _ in range(num_requests)])
 
 
+def test_request_that_its_values_make_fail_fails_alone(open_runner: Opened):
+    runner = open_runner(tiny_tensors.add_sub("BYTES", shape=(1,)))
+
+    def adding(text: str) -> TensorRequest:
+        return request(INPUT0=np.array([[text]], object), INPUT1=np.array([["1"]], object))
+
+    first, bad, last = run(runner, adding("2"), adding("x"), adding("3"))
+    assert [first["OUTPUT0"].tolist(), last["OUTPUT0"].tolist()] == [[["3"]], [["4"]]]
+    assert isinstance(bad, EngineError)
+    with pytest.raises(EngineError):
+        run(runner, adding("x"), adding("y"))
+
+
 def test_failing_session_is_an_engine_error(open_runner: Opened):
     runner = open_runner(tiny_tensors.add_sub("BYTES", shape=(1,)))
     text = np.array([["x"]], object)

@@ -161,6 +161,19 @@ def test_many_strings_are_converted_off_the_event_loop(tmp_path: Path, monkeypat
     run(tmp_path, test)
 
 
+def test_callers_whose_values_fail_do_not_end_the_model(tmp_path: Path) -> None:
+    write_add_sub(tmp_path, datatype="BYTES")
+
+    async def test(registry: Registry) -> None:
+        for _ in range(10):
+            with pytest.raises(EngineError):
+                await infer(registry, pair([["x"]], [["1"]], "BYTES"))
+        assert registry.is_ready()
+        assert await infer(registry, pair([["2"]], [["1"]], "BYTES", outputs=["OUTPUT0"])) == {"OUTPUT0": [[b"3"]]}
+
+    run(tmp_path, test)
+
+
 def test_strings_come_back_as_bytes_and_must_be_utf8(tmp_path: Path) -> None:
     write_identity(tmp_path, datatype="BYTES")
 

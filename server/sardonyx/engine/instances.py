@@ -59,6 +59,7 @@ class InstanceLoop:
         is_quick: steps are over in a moment: `submit` only queues, and `run_ready` must follow.
         clock: monotonic seconds.
         max_failed_steps: so many steps failed one after the other are a broken runner, not bad luck: the loop dies.
+            ``None``: however many do, which is for runners that what callers send makes fail.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class InstanceLoop:
         num_instances: int = 1,
         is_quick: bool = False,
         clock: Callable[[], float] = time.monotonic,
-        max_failed_steps: int = 5,
+        max_failed_steps: int | None = 5,
     ) -> None:
         self._name = name
         self._policy = policy
@@ -359,7 +360,7 @@ class InstanceLoop:
             for event in events:
                 self._ledger.end(event, has_run=True)
         self._ledger.flush()
-        if num_failed_in_a_row >= self._max_failed_steps:
+        if self._max_failed_steps is not None and num_failed_in_a_row >= self._max_failed_steps:
             raise EngineDead(f"{num_failed_in_a_row} steps failed one after the other")
 
     def _execute(self, batch: TensorBatch, instance: int) -> tuple[TensorOutput, bool]:

@@ -85,10 +85,11 @@ class TensorModelRunner:
 
         A request that is alone is run on its own arrays; several are copied into one array an input. Answers of a
         batch are views of its arrays. Rows whose states have grown to different sizes do not fit one array: they run
-        one group after the other, and an error is then its group's alone.
+        one group after the other, and an error is then its group's alone. Where a batch without sequences fails, each
+        of its requests is run again alone, for the values of one may be what fails.
 
         Raises:
-            EngineError: the session failed, or an output has not the shape that the config says.
+            EngineError: the session failed for all of them, or an output has not the shape that the config says.
         """
         if self._wide is None:
             return self._execute(batch, self._sessions[instance])
@@ -103,8 +104,20 @@ class TensorModelRunner:
 
     def _execute(self, batch: TensorBatch, session: Session) -> TensorOutput:
         groups = self._groups(batch.rows)
-        if len(groups) == 1:
+        if len(groups) > 1:
+            return self._run_groups(batch, groups, session)
+        try:
             return self._run(batch.rows, session)
+        except EngineError:
+            if len(batch.rows) == 1 or any(row.sequence is not None for row in batch.rows):
+                raise
+            output = self._run_groups(batch, [[index] for index in range(len(batch.rows))], session)
+            if all(isinstance(result, ServeError) for result in output.results):
+                raise
+            return output
+
+    def _run_groups(self, batch: TensorBatch, groups: list[list[int]], session: Session) -> TensorOutput:
+        """Run groups of rows, by index, one after the other; an error is its group's."""
         results: list[dict[str, Array] | ServeError] = [{} for _ in batch.rows]
         times = InferenceTimes()
         for indexes in groups:

@@ -37,6 +37,8 @@ from sardonyx.tensors import TensorMetadata
 
 logger = logging.getLogger(__name__)
 
+MAX_FAILED_STEPS = 5
+"""Of a model on GPUs, one after the other: then it is no more ready."""
 _MAX_WAITING_SEQUENCES = 4096
 """Of one model, without a slot: each may hold requests, so there is an end to them."""
 
@@ -97,6 +99,8 @@ class TensorLoader:
                 inbox.deliver,
                 num_instances=len(tensors.instances),
                 is_quick=quick,
+                # A card may be lost for good. A processor is not: there it is the values of callers that fail.
+                max_failed_steps=None if all(each.kind == "cpu" for each in tensors.instances) else MAX_FAILED_STEPS,
             )
             loop.start()
             undo.pop_all()
