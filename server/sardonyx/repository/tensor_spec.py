@@ -31,11 +31,6 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     label_filename: str | None = None
     """An output's class names, a file in the model's folder with one a line."""
 
-    @property
-    def graph_dims(self) -> tuple[int, ...]:
-        """The shape in the graph, without batch axis."""
-        return self.dims if self.reshape is None else self.reshape
-
 
 def read_inputs(config: ModelConfig, *, file: str = FILE_NAME) -> tuple[TensorSpec, ...]:
     """Check and read the inputs.
