@@ -121,7 +121,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_inflight_tensor_bytes: Count = 1 << 30
     """Bytes of their inputs."""
     http_max_input_size: Annotated[int, Meta(ge=1024, le=1 << 40)] = 64 << 20
-    """Bytes of a KServe-v2 body over HTTP, decompressed, and of the tensors it describes."""
+    """Bytes of a KServe-v2 body over HTTP, decompressed, and of its tensors, where a string counts as 64."""
     enable_tokenizer_info: bool = False
     """Answer `/tokenizer_info`, which shows the chat template."""
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sardonyx.api.kserve.calls import WireReply
-from sardonyx.api.kserve.generate import encode_answer, read_request
+from sardonyx.api.kserve.generate import MAX_VALUES, encode_answer, read_request
 from sardonyx.errors import InvalidRequest, PayloadTooLarge
 from sardonyx.tensors import Tensor, TensorMetadata
 
@@ -53,6 +53,12 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands(body):
     with pytest.raises(InvalidRequest, match="not Unicode") as caught:
         read(body)
     assert caught.value.message.isascii()
+
+
+def test_values_are_bounded():
+    body = b'{"IDS": [' + b"1," * MAX_VALUES + b"1,1]}"
+    with pytest.raises(PayloadTooLarge, match="more than 4,194,304 values"):
+        read(body)
 
 
 def test_a_whole_surrogate_pair_is_a_character():

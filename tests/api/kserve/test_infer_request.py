@@ -234,6 +234,17 @@ def test_tensors_over_the_limit_are_refused_though_their_text_is_not():
         parse({"inputs": inputs}, max_bytes=6399)
 
 
+@pytest.mark.parametrize(
+    ("members", "tail"),
+    [({"data": [""] * 10}, b""), ({"parameters": {"binary_data_size": 40}}, bytes(40))],
+)
+def test_strings_count_for_what_python_keeps_of_them(members, tail):
+    body = one(datatype="BYTES", shape=[10], **members)
+    assert parse(body, tail, max_bytes=640).request.inputs
+    with pytest.raises(PayloadTooLarge):
+        parse(body, tail, max_bytes=639)
+
+
 def test_bytes_are_within_the_limit_of_the_body_already():
     body = one(datatype="FP64", parameters={"binary_data_size": 16})
     assert parse(body, bytes(16), max_bytes=1).request.inputs

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sardonyx.api.kserve import json_tensor
 from sardonyx.api.kserve.codec import from_values
 from sardonyx.api.kserve.json_tensor import from_json, to_json
 from sardonyx.errors import InvalidRequest, PayloadTooLarge
@@ -35,6 +36,17 @@ def test_text_and_lists_are_read_alike(value, datatype, shape):
     text = msgspec.json.encode(value)
     names = {"name": "x", "datatype": datatype, "shape": shape}
     assert outcome(lambda: from_json(text, **names)) == outcome(lambda: from_values(msgspec.json.decode(text), **names))
+
+
+@pytest.mark.parametrize("datatype", ["INT32", "FP32", "BOOL", "BYTES"])
+def test_values_that_are_too_many_are_not_read(monkeypatch, datatype):
+    monkeypatch.setattr(json_tensor, "_read_flat", lambda *_: pytest.fail("they were read"))
+    with pytest.raises(InvalidRequest, match="Shape does not match true shape of 'data' field"):
+        from_json(b"[1,2,3,4]", name="x", datatype=datatype, shape=[1])
+
+
+def test_lists_without_elements_are_no_elements():
+    assert from_json(b"[[],[],[1]]", name="x", datatype="INT32", shape=[1]).array.tolist() == [1]
 
 
 @pytest.mark.parametrize(

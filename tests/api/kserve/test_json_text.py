@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sardonyx.api.kserve import json_text
-from sardonyx.api.kserve.json_text import MAX_DEPTH, check_containers, check_nesting, decode_json
+from sardonyx.api.kserve.json_text import (
+    MAX_DEPTH,
+    MAX_LITERALS,
+    MAX_MEMBERS,
+    check_containers,
+    check_nesting,
+    decode_json,
+    has_more,
+)
 from sardonyx.errors import InvalidRequest, PayloadTooLarge
 
 
@@ -70,7 +78,7 @@ def test_strings_take_a_few_times_their_own_memory(strings):
 def test_lists_are_counted_outside_of_strings_only(values):
     num_lists = 1 + sum(isinstance(value, list) for value in values)
     text = msgspec.json.encode([values] * 4)
-    assert bytes(json_text._brackets(text)).count(b"[") == 1 + 4 * num_lists
+    assert bytes(json_text._outside_strings(text)).count(b"[") == 1 + 4 * num_lists
 
 
 @pytest.mark.parametrize("literal", [b"NaN", b"Infinity", b"-Infinity"])
@@ -78,6 +86,22 @@ def test_lists_are_counted_outside_of_strings_only(values):
 def test_what_json_has_no_number_for_becomes_a_string_wherever_it_stands(before, literal):
     known = msgspec.json.decode(b"[" + before + b"0]")[:-1]
     assert decode_json(b"[" + before + literal + b",1]", ANYTHING) == [*known, literal.decode(), 1]
+
+
+def test_members_are_bounded_and_colons_in_strings_are_none():
+    check_containers(msgspec.json.encode({"a": ":" * (MAX_MEMBERS + 1)}))
+    with pytest.raises(PayloadTooLarge, match="members"):
+        check_containers(b"{" + b'"a":1,' * (MAX_MEMBERS + 1) + b'"b":1}')
+
+
+def test_literals_are_bounded():
+    with pytest.raises(PayloadTooLarge, match="NaN and Infinity"):
+        decode_json(b"[" + b"NaN," * (MAX_LITERALS + 1) + b"1]", ANYTHING)
+
+
+@given(st.lists(st.text(alphabet='[]{},"\\a', max_size=9), max_size=30), st.integers(0, 30))
+def test_characters_are_counted_outside_of_strings_only(strings, limit):
+    assert has_more(msgspec.json.encode(strings), b",", limit) == (max(0, len(strings) - 1) > limit)
 
 
 def test_text_that_no_quote_ends_is_looked_at_once():

@@ -24,6 +24,8 @@ HEADER_LENGTH = "inference-header-content-length"
 """The HTTP header that says how long the JSON is where tensors follow on it."""
 
 _SLOWER_STRINGS = 16
+_STRING_BYTES = 64
+"""What Python keeps for a string besides its characters: 55 MB of short ones took 4 GB."""
 _NUMBER = re.compile(r"[+-]?[0-9]{1,19}")
 _ONE_FIELD = (
     "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
@@ -132,7 +134,7 @@ def parse_request(
         length: bytes of the JSON.
         model_name: from the path.
         model_version: from the path.
-        max_bytes: of the tensors that come as JSON, whose text may be shorter than they are.
+        max_bytes: of the tensors that take more than their part of the body: JSON and strings.
 
     Raises:
         InvalidRequest: an input has no data or several kinds of it, sizes do not add up, a name comes twice, an
@@ -254,12 +256,14 @@ def _read_inputs(inputs: list[InputJson], body: bytes, position: int, model_name
 
 
 def _check_expanded(inputs: list[InputJson], max_bytes: int) -> None:
-    """Before any of it is made: a value of two characters may become eight bytes."""
+    """Before any of it is made: a value of two characters may become eight bytes, and any string takes Python some."""
     num_bytes = 0
     for each in inputs:
         known = DATATYPES.get(each.datatype)
-        if memoryview(each.data).nbytes and known is not None and min(each.shape, default=0) >= 0:
-            num_bytes += element_count(each.shape, each.name) * known.array.itemsize
+        is_text = memoryview(each.data).nbytes > 0
+        if known is not None and (is_text or each.datatype == "BYTES") and min(each.shape, default=0) >= 0:
+            size = _STRING_BYTES if each.datatype == "BYTES" else known.array.itemsize
+            num_bytes += element_count(each.shape, each.name) * size
     if max_bytes < num_bytes <= MAX_ELEMENTS:  # what is beyond has errors of its own
         raise over_limit(num_bytes, max_bytes)
 

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from sardonyx.api.kserve.codec import MAX_ELEMENTS, element_count, from_values, jsonable, number_array, to_values
-from sardonyx.api.kserve.json_text import check_containers
+from sardonyx.api.kserve.json_text import check_containers, has_more
 from sardonyx.errors import InvalidRequest
 from sardonyx.runtime.dtypes import Datatype
 from sardonyx.tensors import Tensor
@@ -22,6 +22,7 @@ _FLOATS = msgspec.json.Decoder(list[float])
 _BOOLEANS = msgspec.json.Decoder(list[bool])
 _STRINGS = msgspec.json.Decoder(list[str])
 _ANYTHING = msgspec.json.Decoder(Any)
+_WRONG_COUNT = "Unable to parse 'data': Shape does not match true shape of 'data' field"
 _BRACKETS = b"[] \t\r\n"
 
 
@@ -40,6 +41,10 @@ def from_json(text: bytes | memoryview | msgspec.Raw, *, name: str, datatype: st
     """
     raw = bytes(text)
     known = jsonable(datatype, name, "receiving", "input")
+    count = element_count(shape, name)
+    # Each list may have a comma more than elements; so many are never those of the shape, and need not be read.
+    if has_more(raw, b",", count + raw.count(b"[")):
+        raise InvalidRequest(_WRONG_COUNT, param=name)
     values = _read_flat(raw, known)
     if values is None:
         check_containers(raw)
@@ -50,11 +55,10 @@ def from_json(text: bytes | memoryview | msgspec.Raw, *, name: str, datatype: st
         return from_values(generic, name=name, datatype=datatype, shape=shape)
     if known.name == "BYTES":
         return from_values(values, name=name, datatype=datatype, shape=shape)
-    count = element_count(shape, name)
     if count * known.array.itemsize > MAX_ELEMENTS:
         raise InvalidRequest(f"byte size overflow for input '{name}'", param=name)
     if count != len(values):
-        raise InvalidRequest("Unable to parse 'data': Shape does not match true shape of 'data' field", param=name)
+        raise InvalidRequest(_WRONG_COUNT, param=name)
     return Tensor(name, datatype, number_array(values, known, name, shape))
 
 

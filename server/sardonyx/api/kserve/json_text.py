@@ -18,6 +18,10 @@ MAX_DEPTH = 100
 """Of nested lists and objects; Triton's."""
 MAX_CONTAINERS = 131_072
 """Objects and lists outside of numeric data, as in the bodies of `api.body`."""
+MAX_MEMBERS = 4 * MAX_CONTAINERS
+"""Of all objects together."""
+MAX_LITERALS = 1 << 20
+"""``NaN`` and ``Infinity``, each of which is rewritten."""
 
 # Possessive, or a string of 28 MB takes 10 s, in which no thread runs Python, and 3.5 GB. A string that does not end
 # runs to the text's end, so that no text is looked at twice.
@@ -45,6 +49,11 @@ def decode_json(text: bytes | memoryview, decoder: msgspec.json.Decoder[T]) -> T
     except msgspec.ValidationError as error:
         raise _mistyped(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raw = bytes(text)
+        if raw.count(b"NaN") + raw.count(b"Infinity") > MAX_LITERALS:
+            raise PayloadTooLarge(
+                f"the JSON has more than {MAX_LITERALS:,} NaN and Infinity; send it as bytes"
+            ) from None
         escaped = _LITERALS.sub(_as_string, text)
         if len(escaped) != len(text):
             return decode_json(escaped, decoder)
@@ -57,27 +66,38 @@ def check_nesting(text: bytes | memoryview) -> None:
     raw = bytes(text)
     if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH:
         return
-    brackets = _brackets(raw)
+    outside = _outside_strings(raw)
+    brackets = outside[_IS_BRACKET[outside]]
     steps = np.where((brackets == ord("[")) | (brackets == ord("{")), np.int8(1), np.int8(-1))
     if np.cumsum(steps, dtype=np.int64).max(initial=0) > MAX_DEPTH:
         raise InvalidRequest(f"JSON nesting depth exceeds maximum allowed limit ({MAX_DEPTH})")
 
 
 def check_containers(text: bytes | memoryview, openers: bytes = b"[{") -> None:
-    """Raise PayloadTooLarge where more than `MAX_CONTAINERS` of the lists and objects open that `openers` begin."""
-    raw = bytes(text)
-    if sum(raw.count(byte) for byte in openers) <= MAX_CONTAINERS:
-        return
-    if int(np.isin(_brackets(raw), list(openers)).sum()) > MAX_CONTAINERS:
+    """Raise PayloadTooLarge where more than `MAX_CONTAINERS` of the lists and objects open that `openers` begin.
+
+    Or where objects have more than `MAX_MEMBERS`.
+    """
+    if has_more(text, openers, MAX_CONTAINERS):
         raise PayloadTooLarge(f"the JSON opens more than {MAX_CONTAINERS:,} lists and objects; split the request")
+    if has_more(text, b":", MAX_MEMBERS):
+        raise PayloadTooLarge(f"the JSON's objects have more than {MAX_MEMBERS:,} members; split the request")
 
 
-def _brackets(text: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """All brackets and braces outside of strings, in order. Takes a few bytes for each of the text's."""
+def has_more(text: bytes | memoryview, characters: bytes, limit: int) -> bool:
+    """Whether more of these characters than `limit` stand outside of strings."""
+    raw = bytes(text)
+    if sum(raw.count(character) for character in characters) <= limit:
+        return False
+    return int(np.isin(_outside_strings(raw), list(characters)).sum()) > limit
+
+
+def _outside_strings(text: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """What stands outside of strings. Takes a few bytes for each of the text's."""
     # What is escaped cannot end a string; pairs of backslashes go first, so that one before a quote is its own.
     marks = np.frombuffer(text.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
     is_inside = np.logical_xor.accumulate(marks == ord('"'))
-    return marks[_IS_BRACKET[marks] & ~is_inside]
+    return marks[~is_inside]
 
 
 def _as_string(match: re.Match[bytes]) -> bytes:
