@@ -74,10 +74,12 @@ class TensorModelRunner:
         self._graph = graph
         self._wide: Session | None = None
         self._num_running = 0
+        self._num_begun = 0
+        self._was_alone = True
         self._lock = threading.Lock()
 
     def use_alone(self, session: Session) -> None:
-        """Run on this session, on whatever instance, while no other step runs. Before the first step."""
+        """Run on this session, on whatever instance, while steps follow each other one by one. Before the first step."""
         self._wide = session
 
     def execute(self, batch: TensorBatch, instance: int) -> TensorOutput:
@@ -96,11 +98,15 @@ class TensorModelRunner:
         with self._lock:
             is_alone = not self._num_running
             self._num_running += 1
+            self._num_begun += 1
+            number = self._num_begun
         try:
-            return self._execute(batch, self._wide if is_alone else self._sessions[instance])
+            # Under load an instance often begins in the gap between two of another's steps, and has company at once.
+            return self._execute(batch, self._wide if is_alone and self._was_alone else self._sessions[instance])
         finally:
             with self._lock:
                 self._num_running -= 1
+                self._was_alone = is_alone and number == self._num_begun
 
     def _execute(self, batch: TensorBatch, session: Session) -> TensorOutput:
         groups = self._groups(batch.rows)
