@@ -79,7 +79,7 @@ class TensorModelRunner:
         self._lock = threading.Lock()
 
     def use_alone(self, session: Session) -> None:
-        """Run on this session, on whatever instance, while steps follow each other one by one. Before the first step."""
+        """Run on this session, on any instance, while steps follow each other one by one. Before the first step."""
         self._wide = session
 
     def execute(self, batch: TensorBatch, instance: int) -> TensorOutput:

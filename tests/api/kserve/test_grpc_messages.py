@@ -6,14 +6,17 @@ from tritonclient.grpc import service_pb2 as pb
 from sardonyx.api.kserve.calls import RegionSlice, SharedInput, SharedOutput, WantedOutput, WireReply
 from sardonyx.api.kserve.grpc_messages import (
     MAX_INLINE_ELEMENTS,
+    MAX_PARAMETERS,
+    MAX_STRINGS,
     MAX_TENSORS,
+    MAX_TYPED_VALUES,
     read_request,
     reads_slowly,
     write_reply,
     writes_slowly,
 )
 from sardonyx.api.kserve.grpc_wire import split_request
-from sardonyx.errors import InvalidRequest
+from sardonyx.errors import InvalidRequest, PayloadTooLarge
 from sardonyx.tensors import Tensor
 
 
@@ -301,3 +304,41 @@ def test_answers_of_many_strings_are_slow():
     assert writes_slowly(reply("BYTES", MAX_INLINE_ELEMENTS + 1))
     assert not writes_slowly(reply("BYTES", MAX_INLINE_ELEMENTS))
     assert not writes_slowly(reply("FP32", MAX_INLINE_ELEMENTS + 1))
+
+
+def test_too_many_parameters_are_refused():
+    message = integers(1, model="m")
+    for number in range(MAX_PARAMETERS):
+        message.parameters[f"p{number}"].bool_param = True
+    read(message)
+    message.parameters["one more"].bool_param = True
+    with pytest.raises(InvalidRequest, match="at most 1,024 parameters"):
+        read(message)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "most", "message"),
+    [("BYTES", MAX_STRINGS, "at most 1,048,576 strings"), ("INT32", MAX_TYPED_VALUES, "use raw_input_contents")],
+)
+def test_too_many_values_are_refused_before_they_are_converted(datatype, most, message):
+    field = "bytes_contents" if datatype == "BYTES" else "int_contents"
+    request = typed(datatype, field, *([b""] if datatype == "BYTES" else [0]) * (most // 2 + 1))
+    request.inputs.add().CopyFrom(request.inputs[0])
+    request.inputs[1].name = "IN2"
+    with pytest.raises(PayloadTooLarge, match=message):
+        read(request)
+
+
+def test_raw_strings_are_counted_by_their_shape():
+    request = pb.ModelInferRequest(model_name="m")
+    request.inputs.add(name="IN", datatype="BYTES", shape=[MAX_STRINGS + 1])
+    request.raw_input_contents.append(b"")
+    with pytest.raises(PayloadTooLarge, match="strings"):
+        read(request)
+
+
+def test_contents_of_another_number_than_the_shape_says_are_refused():
+    request = typed("INT32", "int_contents", 1, 2, 3)
+    request.inputs[0].shape[:] = [1 << 40]
+    with pytest.raises(InvalidRequest, match="unexpected number of elements in the contents of input tensor 'IN'"):
+        read(request)

@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2 as pb
 from sardonyx.api.kserve import codec
 from sardonyx.api.kserve.calls import RegionSlice, SharedInput, SharedOutput, WantedOutput, WireReply, WireRequest
 from sardonyx.api.kserve.grpc_wire import Buffer, RequestParts
-from sardonyx.errors import InvalidRequest
+from sardonyx.errors import InvalidRequest, PayloadTooLarge
 from sardonyx.tensors import Parameter, Tensor
 
 EMPTY_FINAL = "triton_enable_empty_final_response"
@@ -23,8 +23,14 @@ FINAL = "triton_final_response"
 """Answer parameter of streams."""
 MAX_TENSORS = 1024
 """Inputs, and outputs, of a request: more than any model has, few enough for the event loop."""
-MAX_INLINE_BYTES = 256 << 10
-"""Smaller requests are read on the event loop, whatever is in them: a thread would cost more time than it frees."""
+MAX_PARAMETERS = 1024
+"""Of a request."""
+MAX_TYPED_VALUES = 1 << 22
+"""Numbers of a request outside of ``raw_input_contents``: each becomes an object of 32 bytes."""
+MAX_STRINGS = 1 << 20
+"""BYTES elements of a request: 55 MiB of short ones took 4 GB."""
+MAX_INLINE_BYTES = 16 << 10
+"""Smaller requests are read on the event loop, whatever is in them: at most 4,096 strings, half a millisecond."""
 MAX_INLINE_ELEMENTS = 8192
 """The same for BYTES of answers."""
 
@@ -62,9 +68,11 @@ def read_request(parts: RequestParts) -> tuple[WireRequest, bool]:
     Raises:
         InvalidRequest: tensors without data or with more than one kind, parameters of the wrong type, reserved
             parameters, a name twice, or what `codec` refuses.
+        PayloadTooLarge: too many values that must be converted one by one.
     """
     message = parts.message
     _check_names(message.outputs, "output")
+    _check_numbers(message)
     parameters = _read_parameters(message.parameters) if message.parameters else {}
     wants_empty_final = parameters.pop(EMPTY_FINAL, False)
     if not isinstance(wants_empty_final, bool):
@@ -241,6 +249,34 @@ def _write_shared(message: pb.ModelInferResponse, output: SharedOutput) -> None:
     field.parameters["shared_memory_region"].string_param = output.data.region
     field.parameters["shared_memory_offset"].int64_param = output.data.offset
     field.parameters["shared_memory_byte_size"].int64_param = output.data.size_bytes
+
+
+def _check_numbers(message: pb.ModelInferRequest) -> None:
+    """Refuse what would take long or much memory to convert, before any of it is."""
+    if len(message.parameters) > MAX_PARAMETERS:
+        raise InvalidRequest(f"a request has at most {MAX_PARAMETERS:,} parameters")
+    num_strings = num_values = 0
+    for field in message.inputs[:MAX_TENSORS]:
+        is_text = field.datatype == "BYTES"
+        if not (is_text or field.HasField("contents")):
+            continue
+        count = codec.element_count(tuple(field.shape), field.name)
+        if is_text:
+            num_strings += count
+        else:
+            num_values += count
+        if any(len(numbers) != count for _, numbers in field.contents.ListFields()):
+            raise InvalidRequest(
+                f"unexpected number of elements in the contents of input tensor {_quoted(field, message)}, its shape "
+                f"says {count}",
+                param=field.name,
+            )
+    if num_strings > MAX_STRINGS:
+        raise PayloadTooLarge(f"a request has at most {MAX_STRINGS:,} strings, not {num_strings:,}")
+    if num_values > MAX_TYPED_VALUES:
+        raise PayloadTooLarge(
+            f"a request has at most {MAX_TYPED_VALUES:,} values in contents, not {num_values:,}; use raw_input_contents"
+        )
 
 
 def _check_names(fields: Sequence[Any], kind: str) -> None:
