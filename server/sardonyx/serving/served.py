@@ -108,7 +108,7 @@ class ServedModel(Protocol):
         ...
 
     async def infer(self, call: InferCall) -> InferAnswer:
-        """The one answer to a call. Cancelling it aborts the inference.
+        """The one answer to a call. Cancelling drops a waiting inference, and the answer of one that runs.
 
         Raises:
             InvalidRequest: inputs, outputs or sequence do not suit the model.

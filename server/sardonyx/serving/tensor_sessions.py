@@ -19,9 +19,9 @@ class SessionOpener:
     """Opens the sessions of one version.
 
     Instances on the CPU divide the threads: with all of them for each, runs at the same time wait for each other at
-    every operator. MiniLM in int8, 32 tokens a row, two runs of four rows at a time on two cores: 310 rows a second
-    with a thread each, 270 with two each, and 250 with one instance of two threads. A run that is alone would take
-    nearly twice as long with one thread, so there is a session with all threads for those (`open_wide`).
+    every operator. MiniLM in int8, 32 tokens a row, two runs of four rows at a time on two cores: 268 rows a second
+    with a thread each, 239 with two each, and 226 with one instance of two threads (median of 4 turns). Alone it takes
+    nearly twice as long with one thread, so there is a session with all threads for such runs (`open_wide`).
 
     Args:
         path: of the graph.

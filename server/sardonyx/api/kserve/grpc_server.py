@@ -4,7 +4,7 @@ Floor 5. Wires the other ``grpc_*`` modules to a server of ours over HTTP/2 (`h2
 
 A call that does nothing takes 12 to 19 us of CPU there, and 122 to 147 us in ``grpc.aio``, which hands every call's
 events through a thread and a socket: 60,000 calls/s against 10,000 (``h2load -c 1|8|32 -m 1|8 -D 2 --data=FILE
--H 'content-type: application/grpc' -H 'te: trailers' .../ModelInfer``, by turns on 2 shared AVX2 cores).
+-H 'content-type: application/grpc' -H 'te: trailers' .../ModelInfer``, by turns on 2 shared cores).
 """
 
 import asyncio

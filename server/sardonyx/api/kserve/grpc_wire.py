@@ -4,7 +4,7 @@ Floor 5. Protobuf copies every ``raw_input_contents`` into memory of its own and
 what is left of a message without its tensors, and they stay where they came in. The other way, it writes a message
 without tensors, behind which they are joined. Knows field numbers and varints; not what a message means.
 
-Microseconds to parse a request of one FP32 tensor and to write a reply of one, on 2 shared AVX2 cores: `split_request`
+Microseconds to parse a request of one FP32 tensor and to write a reply of one, on 2 shared cores: `split_request`
 and `join_reply` against ``FromString`` and ``SerializeToString`` with the tensor in the message; best of 7 by `timeit`:
 
     ==========  ==============  ==============
