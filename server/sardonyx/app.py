@@ -38,6 +38,7 @@ from sardonyx.errors import ConfigError, ServeError
 from sardonyx.metrics import Metrics
 from sardonyx.serving.loader import build_registry
 from sardonyx.serving.registry import Registry
+from sardonyx.serving.task_finder import TaskFinder
 from sardonyx.settings import Settings, check_exposure
 from sardonyx.version import __version__
 
@@ -74,7 +75,13 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics, ending:
     )
     service = InferenceService(registry, settings)
     kserve = KServeHttp(service, settings, keeper)
-    given = {"models": registry, "settings": settings, "metrics": metrics, "keeper": keeper}
+    given = {
+        "models": registry,
+        "tasks": TaskFinder(registry),
+        "settings": settings,
+        "metrics": metrics,
+        "keeper": keeper,
+    }
     app = Litestar(
         [
             OpsController,

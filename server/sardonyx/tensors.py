@@ -68,6 +68,10 @@ class TensorRequest(msgspec.Struct, frozen=True, kw_only=True):
     sequence: SequenceControl | None = None
     arrival_s: float = 0.0
     """Monotonic."""
+    num_tokens: int = 0
+    """Of the one row of a request to a model that takes packed tokens; 0 elsewhere."""
+    flow: int = 0
+    """Requests with the same number are parts of one call; who shares a step's room fairly does so between flows."""
 
 
 class InferenceTimes(msgspec.Struct, frozen=True):

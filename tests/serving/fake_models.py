@@ -21,6 +21,7 @@ CALL = InferCall(inputs=[])
 class FakeVersion:
     """A `served.ServedModel` that answers every call with its edition."""
 
+    task = None
     inputs: tuple[TensorMetadata, ...] = ()
     outputs: tuple[TensorMetadata, ...] = ()
     created = 0

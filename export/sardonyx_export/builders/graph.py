@@ -1,6 +1,6 @@
 """An ONNX graph under construction: nodes in memory, weights straight to the external data file.
 
-Owns the model's two files, ``model.onnx`` and ``model.onnx.data``, and knows nothing of language models. A weight is
+Owns a graph's two files, ``model.onnx`` and ``model.onnx.data`` by default, and knows nothing of models. A weight is
 written as soon as it is handed over and never held, so that an export needs memory for one tensor, not for the model.
 """
 
@@ -15,7 +15,6 @@ import onnx
 from onnx import TensorProto, helper
 
 MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 
 MICROSOFT = "com.microsoft"
 _OPSET = 21
@@ -32,11 +31,13 @@ class GraphWriter:
 
     Args:
         folder: where the two files go; it exists and holds neither.
+        file_name: of the graph; the data file's is this and ``.data``.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._data = (folder / DATA_FILE).open("xb")
+    def __init__(self, folder: Path, file_name: str = MODEL_FILE) -> None:
+        self._path = folder / file_name
+        self._data_path = folder / f"{file_name}.data"
+        self._data = self._data_path.open("xb")
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -107,7 +108,7 @@ class GraphWriter:
             assert piece.dtype == dtype, (name, piece.dtype, dtype)
             self._data.write(np.ascontiguousarray(piece).data)
         assert self._data.tell() - start == num_bytes, (name, self._data.tell() - start, num_bytes)
-        self._initializers[name] = _external_tensor(name, dtype, shape, start, num_bytes)
+        self._initializers[name] = _external_tensor(self._data_path.name, name, dtype, shape, start, num_bytes)
         return name
 
     def share(self, name: str, source: str, shape: Sequence[int]) -> str:
@@ -129,17 +130,18 @@ class GraphWriter:
         model = helper.make_model(
             graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="sardonyx", doc_string=""
         )
-        path = self._folder / MODEL_FILE
-        path.write_bytes(model.SerializeToString())
-        return [path, self._folder / DATA_FILE]
+        self._path.write_bytes(model.SerializeToString())
+        return [self._path, self._data_path]
 
 
 def _element_type(dtype: npt.DTypeLike) -> int:
     return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
 
-def _external_tensor(name: str, dtype: np.dtype[Any], shape: Sequence[int], offset: int, length: int) -> TensorProto:
+def _external_tensor(
+    file_name: str, name: str, dtype: np.dtype[Any], shape: Sequence[int], offset: int, length: int
+) -> TensorProto:
     tensor = TensorProto(name=name, data_type=_element_type(dtype), dims=shape, data_location=TensorProto.EXTERNAL)
-    for key, value in (("location", DATA_FILE), ("offset", offset), ("length", length)):
+    for key, value in (("location", file_name), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor

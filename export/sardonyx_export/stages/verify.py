@@ -46,6 +46,8 @@ class Tolerance(msgspec.Struct, frozen=True, kw_only=True):
     def allows(self, parity: Parity, largest_logit: float) -> bool:
         """False as well where anything is NaN."""
         is_near = self.max_relative_error is None or parity.max_abs_error <= self.max_relative_error * largest_logit
+        assert parity.mean_kl is not None
+        assert parity.top1_agreement is not None
         return is_near and parity.mean_kl <= self.mean_kl and parity.top1_agreement >= self.top1_agreement
 
     def __str__(self) -> str:

@@ -11,8 +11,10 @@ from litestar.params import SkipValidation
 from sardonyx.api.auth import Gatekeeper
 from sardonyx.metrics import Metrics
 from sardonyx.serving.registry import Registry
+from sardonyx.serving.task_finder import TaskFinder
 from sardonyx.settings import Settings
 
+Tasks: TypeAlias = NamedDependency[SkipValidation[TaskFinder]]
 Models: TypeAlias = NamedDependency[SkipValidation[Registry]]
 ServerSettings: TypeAlias = NamedDependency[SkipValidation[Settings]]
 ServerMetrics: TypeAlias = NamedDependency[SkipValidation[Metrics]]

@@ -71,12 +71,16 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     reference: str
     """What it was compared with."""
     max_abs_error: float
-    """Largest logit difference."""
-    mean_kl: float
-    """Mean Kullback-Leibler divergence of the next-token distributions, in nats."""
-    top1_agreement: float
-    """Share of positions whose likeliest token agrees, in [0, 1]."""
+    """Largest difference of a number: a logit, an element of an embedding, a score."""
+    mean_kl: float | None = None
+    """Language models: mean Kullback-Leibler divergence of the next-token distributions, in nats."""
+    top1_agreement: float | None = None
+    """Language models: share of positions whose likeliest token agrees, in [0, 1]. Classifiers: share of items whose
+    likeliest label agrees."""
+    min_cosine: float | None = None
+    """Embeddings: the smallest cosine between an item's embedding and the source's."""
     num_positions: Count
+    """Numbers of what was compared: tokens of language models, items of all others."""
     tolerance: str
     """The rule that publishing held it to."""
 
@@ -97,23 +101,125 @@ class LanguageModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """The tokenizer puts a BOS before a plain prompt."""
 
 
+class Encoder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the families embeddings, reranker and classifier add: a graph that sees each text once and as a whole.
+
+    Its graph ``encoder`` has one of two layouts (T packed tokens of all rows, B rows, S tokens of the longest row). An
+    input that a graph does not declare is not given.
+
+    packed: input_ids (T) int64, token_type_ids (T) int64, position_ids (T) int64 from 0 in each row, row_gather (B, S)
+    int64, row_scatter (T) int64, seqlens (B) int32, num_prompt_tokens (B) int32 -> `output` (B, width) float32.
+
+    padded: input_ids, attention_mask, token_type_ids, position_ids, each (B, S) int64, rows filled up on the right ->
+    `output`; (B, width) float32, or (B, S, hidden size) where there is a graph ``head``. That one takes
+    token_embeddings (B, S, hidden size) float32, seqlens (B) int32 and num_prompt_tokens (B) int32, and gives
+    embeddings (B, width) float32.
+    """
+
+    layout: Literal["packed", "padded"]
+    output: str
+    """Of the graph ``encoder``."""
+    width: Count
+    """Of a row's result: embedding size, or number of labels."""
+    vocab_size: Count
+    max_model_len: Count
+    """Tokens of a row at most, special ones among them."""
+    pad_token_id: TokenId = 0
+    """Fills rows of the padded layout."""
+
+
+class Embeddings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the family embeddings adds."""
+
+    pooling: str
+    """How token vectors become one, in sentence-transformers' words: ``mean``, ``cls+max``."""
+    is_normalized: bool
+    """Embeddings leave the graph with length 1."""
+    similarity: Literal["cosine", "dot", "euclidean", "manhattan"] = "cosine"
+    """What the model was trained to be compared with."""
+    matryoshka_dims: list[Count] = []
+    """Sizes to which an embedding may be cut, ascending; none: the model was not trained for it."""
+    prompts: dict[str, str] = {}
+    """Texts to put in front of an input, by name: ``query`` -> ``query: ``."""
+    default_prompt: str | None = None
+    """Name of the prompt for requests that name none."""
+    pools_prompt: bool = True
+    """Tokens of the prompt take part in pooling."""
+
+
+class Labels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the families reranker, classifier and image_classifier add: what the numbers of a result mean."""
+
+    names: list[str]
+    """By index. A reranker has one."""
+    activation: Literal["none", "sigmoid", "softmax"]
+    """What makes scores of the graph's output; softmax where exactly one label holds."""
+
+
+class ImageInput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the family image_classifier adds: how a picture becomes the graph's input.
+
+    In this order: decoded as RGB, resized, by way of JPEG where the model was trained so, cropped in the middle,
+    channels swapped, ``(x * scale - mean) / std``.
+    """
+
+    name: str
+    """Of the graph's input."""
+    output: str
+    """Of the graph's output, (B, number of labels)."""
+    layout: Literal["NHWC", "NCHW"]
+    resize: Annotated[list[Count], Meta(min_length=1, max_length=2)]
+    """Height and width; one number: of the shorter side, the picture keeping its shape."""
+    crop: Annotated[list[Count], Meta(min_length=2, max_length=2)]
+    """Height and width of the middle that is kept."""
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    is_bgr: bool = False
+    scale: float = 1.0
+    mean: Annotated[list[float], Meta(min_length=3, max_length=3)]
+    """In the graph's order of channels."""
+    std: Annotated[list[float], Meta(min_length=3, max_length=3)] = msgspec.field(default_factory=lambda: [1.0] * 3)
+    has_jpeg_round_trip: bool = False
+
+
+Family = Literal["llm", "embeddings", "reranker", "classifier", "image_classifier", "whisper", "diffusion"]
+
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "llm": ("llm",),
+    "embeddings": ("encoder", "embeddings"),
+    "reranker": ("encoder", "labels"),
+    "classifier": ("encoder", "labels"),
+    "image_classifier": ("image", "labels"),
+}
+"""Fields that a family has to have."""
+_MAIN_GRAPH = {"llm": "decoder", "embeddings": "encoder", "reranker": "encoder", "classifier": "encoder"}
+"""The graph that a family has to have; the others' is ``model``."""
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
     format_version: int = FORMAT_VERSION
-    family: Literal["llm", "embeddings", "whisper", "diffusion"]
+    family: Family
     precision: str
     """``fp32``, ``int8`` or ``int4``; what `Source.weights` says in detail."""
     activations: Literal["fp32", "int8", "int8_rows"] = "fp32"
     """What quantised matrix products make of their other operand: keep it, round it in blocks, or by row."""
     target: Literal["cpu", "cuda"] = "cpu"
     graphs: dict[str, Graph]
-    """By role: ``decoder``."""
+    """By role: ``decoder``, ``encoder``, ``head``, ``model``."""
     files: list[GraphFile] = []
     """Everything else in the folder: tokenizer.json, chat_template.jinja, generation_config.json ..."""
     source: Source
     llm: LanguageModel | None = None
     """Present when family is ``llm``."""
+    encoder: Encoder | None = None
+    """Present when family is ``embeddings``, ``reranker`` or ``classifier``."""
+    embeddings: Embeddings | None = None
+    """Present when family is ``embeddings``."""
+    labels: Labels | None = None
+    """Present when family is ``reranker``, ``classifier`` or ``image_classifier``."""
+    image: ImageInput | None = None
+    """Present when family is ``image_classifier``."""
     parity: list[Parity] = []
     tools: dict[str, str] = {}
     """Package versions that wrote this."""
@@ -152,12 +258,29 @@ def parse(data: bytes, *, file: str = FILE_NAME) -> Manifest:
             raise ConfigError(f"{entry.path!r} is listed twice and differs", file=file, field="path")
         if not _SHA256.fullmatch(entry.sha256):
             raise ConfigError(f"of {entry.path} is not 64 hexadecimal digits", file=file, field="sha256")
-    if manifest.family == "llm":
-        if manifest.llm is None:
-            raise ConfigError("is missing although family is llm", file=file, field="llm")
-        if "decoder" not in manifest.graphs:
-            raise ConfigError("needs a decoder", file=file, field="graphs")
+    _check_family(manifest, file)
     return manifest
+
+
+def _check_family(manifest: Manifest, file: str) -> None:
+    """What a family needs is there, and its parts fit each other."""
+    if manifest.family not in _REQUIRED:
+        return
+    for field in _REQUIRED[manifest.family]:
+        if getattr(manifest, field) is None:
+            raise ConfigError(f"is missing although family is {manifest.family}", file=file, field=field)
+    role = _MAIN_GRAPH.get(manifest.family, "model")
+    if role not in manifest.graphs:
+        raise ConfigError(f"needs {'an' if role == 'encoder' else 'a'} {role}", file=file, field="graphs")
+    labels, encoder = manifest.labels, manifest.encoder
+    if labels is not None and not labels.names:
+        raise ConfigError("is empty", file=file, field="labels.names")
+    if labels is not None and encoder is not None and len(labels.names) != encoder.width:
+        raise ConfigError(
+            f"has {len(labels.names)} names; the encoder gives {encoder.width} numbers", file=file, field="labels.names"
+        )
+    if manifest.family == "reranker" and labels is not None and len(labels.names) != 1:
+        raise ConfigError("a reranker has exactly one", file=file, field="labels.names")
 
 
 def all_files(manifest: Manifest) -> list[GraphFile]:

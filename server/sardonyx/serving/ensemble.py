@@ -48,6 +48,8 @@ class EnsembleModel:
     is_decoupled = False
     stalled_s = 0.0
 
+    task = None
+
     def __init__(self, version: EnsembleVersion, resolve: Resolve, statistics: InferenceStatistics) -> None:
         self.name = version.name
         self.version = version.version

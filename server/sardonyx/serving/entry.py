@@ -14,7 +14,12 @@ from sardonyx.serving.status import ModelState
 TEXT_FAMILY = "llm"
 TEXT_FAMILIES = frozenset({TEXT_FAMILY, ""})
 """Families of models that text can be asked of; empty is a manifest that could not be read, whose load says why."""
-FAMILIES = TEXT_FAMILIES | {"tensors"}
+ENCODER_FAMILIES = frozenset({"embeddings", "reranker", "classifier"})
+"""Families of models that read a text once."""
+IMAGE_CLASSIFIER = "image_classifier"
+OPENAI_FAMILIES = TEXT_FAMILIES | ENCODER_FAMILIES | {IMAGE_CLASSIFIER}
+"""What the OpenAI endpoints can use."""
+FAMILIES = OPENAI_FAMILIES | {"tensors"}
 """What can be loaded."""
 
 

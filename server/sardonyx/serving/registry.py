@@ -6,20 +6,19 @@ or taken out of it between two awaits, so whoever resolved a name holds a model 
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 from sardonyx.errors import ConfigError, InvalidRequest, ModelNotFound, ModelNotReady
 from sardonyx.repository.index import IndexEntry
-from sardonyx.serving.entry import FAMILIES, TEXT_FAMILIES, Entry
+from sardonyx.serving.entry import FAMILIES, OPENAI_FAMILIES, TEXT_FAMILIES, Entry
 from sardonyx.serving.lifecycle import Lifecycle, ModelSource
 from sardonyx.serving.override import check_override
 from sardonyx.serving.readiness import failures, missing, stuck
 from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
 from sardonyx.serving.status import ModelState, ModelStatus, VersionStatus, describe, describe_versions
 from sardonyx.serving.text import TextModel
-from sardonyx.serving.text_tensors import TextTensorModel
 
-__all__ = ["TEXT_FAMILIES", "ModelSource", "ModelState", "ModelStatus", "Registry", "VersionStatus"]
+__all__ = ["OPENAI_FAMILIES", "TEXT_FAMILIES", "ModelSource", "ModelState", "ModelStatus", "Registry", "VersionStatus"]
 
 logger = logging.getLogger(__name__)
 
@@ -112,31 +111,40 @@ class Registry:
         await self._lifecycle.follow(await self.refresh())
 
     def resolve(self, name: str | None) -> TextModel:
-        """The language model for a request.
+        """The language model for a request; the default model where it names none. Raises as `newest`."""
+        model = self.newest(name or self._default_model, TEXT_FAMILIES, "language model")
+        if not isinstance(model.task, TextModel):
+            raise _other_kind(model.name, "language model")
+        return model.task
+
+    def newest(self, name: str | None, families: Set[str], kind: str) -> ServedModel:
+        """The model for a request to an endpoint that some families serve.
 
         Args:
-            name: a model or an alias; ``None`` or empty for the default model.
+            name: a model or an alias; ``None`` or empty for the first by name, ready ones before others.
+            families: that serve the endpoint.
+            kind: what messages call such a model.
 
         Raises:
-            ModelNotFound: unknown name, with code ``model_not_found``.
+            ModelNotFound: unknown name, with code ``model_not_found``, or there is no such model.
             ModelNotReady: loading, unloading or failed, or the server is shutting down.
             InvalidRequest: the model is of another kind.
         """
         self._check_accepting()
-        wanted = name or self._default_name()
+        wanted = name or self._first(families, kind)
         entry = self._find(wanted)
         if entry is None:
             raise _not_found(wanted)
         if entry.model is None:
             reason = f": {entry.reason}" if entry.reason else ""
             raise ModelNotReady(f"model {entry.facts.name} is {entry.state.lower()}{reason}")
-        newest = entry.model.newest
-        if not isinstance(newest, TextTensorModel):
-            raise InvalidRequest(
-                f"model {entry.facts.name} is no language model; it is served at /v2/models/{entry.facts.name}",
-                param="model",
-            )
-        return newest.text
+        if entry.facts.family not in families:
+            raise _other_kind(entry.facts.name, kind)
+        return entry.model.newest
+
+    def of_families(self, families: Set[str]) -> "list[ModelStatus]":
+        """The models of some families, by name."""
+        return [status for status in self.list() if status.family in families]
 
     def served(self, name: str, version: int | None = None) -> ServedModel:
         """A version of a model of any family, the highest where none is named. The words are Triton's.
@@ -282,12 +290,15 @@ class Registry:
             entry.model, entry.state, entry.reason = None, ModelState.UNAVAILABLE, "the server is shutting down"
         self._source.close()
 
-    def _default_name(self) -> str:
-        if self._default_model is not None:
-            return self._default_model
-        names = [name for name, entry in self._entries.items() if entry.facts.family in TEXT_FAMILIES]
+    def _first(self, families: Set[str], kind: str) -> str:
+        names = [name for name, entry in self._entries.items() if entry.facts.family in families]
         if not names:
-            raise ModelNotFound("there is no language model in the repository", code="model_not_found")
+            article = "an" if kind[0] in "aeiou" else "a"
+            raise ModelNotFound(
+                f"there is no {kind} in the repository; export {article} {kind}, or name another model",
+                param="model",
+                code="model_not_found",
+            )
         return min(names, key=lambda name: (self._entries[name].model is None, name))
 
     def _find(self, name: str) -> Entry | None:
@@ -324,6 +335,13 @@ def _not_found(name: str) -> ModelNotFound:
         f"The model `{name[:160]}` does not exist or you do not have access to it.",
         param="model",
         code="model_not_found",
+    )
+
+
+def _other_kind(name: str, kind: str) -> InvalidRequest:
+    article = "an" if kind[0] in "aeiou" else "a"
+    return InvalidRequest(
+        f"model {name} is not {article} {kind}; its tensors are served at /v2/models/{name}", param="model"
     )
 
 

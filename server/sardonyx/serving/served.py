@@ -94,6 +94,13 @@ class ServedModel(Protocol):
         ...
 
     @property
+    def task(self) -> object | None:
+        """What the endpoints of the model's family use: a `serving.text.TextModel`, a
+        `serving.embeddings.EmbeddingModel` ...; ``None``: tensors are all that it offers.
+        """
+        ...
+
+    @property
     def stalled_s(self) -> float:
         """For how long it has had work and made no progress."""
         ...

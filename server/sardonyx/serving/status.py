@@ -9,7 +9,6 @@ import msgspec
 from sardonyx.errors import ConfigError, ServeError
 from sardonyx.repository.index import IndexEntry
 from sardonyx.serving.served import LoadedModel
-from sardonyx.serving.text_tensors import TextTensorModel
 
 
 class ModelState(enum.StrEnum):
@@ -36,7 +35,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     """Unix time of the export, 0 where unknown."""
     max_model_len: int | None
-    """``None`` while it is not READY."""
+    """``None`` while it is not READY, and for models that take no text."""
 
 
 class VersionStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +61,7 @@ def describe(facts: IndexEntry, model: LoadedModel | None, state: ModelState, re
         reason=reason,
         size_bytes=facts.size_bytes if served is None else served.size_bytes,
         created=unix_time(facts.created) if served is None else served.created,
-        max_model_len=served.text.max_model_len if isinstance(served, TextTensorModel) else None,
+        max_model_len=getattr(served.task, "max_model_len", None) if served is not None else None,
     )
 
 

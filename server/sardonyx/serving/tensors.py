@@ -88,6 +88,8 @@ class TensorModel:
         timeout_s: most time of a call.
     """
 
+    task = None
+
     def __init__(
         self,
         version: TensorVersion,

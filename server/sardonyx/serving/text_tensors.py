@@ -101,6 +101,11 @@ class TextTensorModel:
         return self.text.is_alive
 
     @property
+    def task(self) -> TextModel:
+        """The text model."""
+        return self.text
+
+    @property
     def stalled_s(self) -> float:
         """As the text model's."""
         return self.text.stats().stalled_s

@@ -5,7 +5,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from sardonyx_export.builders.graph import DATA_FILE, GraphWriter
+from sardonyx_export.builders.graph import GraphWriter
 
 
 def test_weights_are_on_disk_before_the_next_piece_is_asked_for(tmp_path: Path) -> None:
@@ -16,7 +16,7 @@ def test_weights_are_on_disk_before_the_next_piece_is_asked_for(tmp_path: Path) 
         def pieces():  # type: ignore[no-untyped-def]
             for _ in range(3):
                 yield np.ones((1 << 16,), np.float32)
-                sizes.append((tmp_path / DATA_FILE).stat().st_size)
+                sizes.append((tmp_path / "model.onnx.data").stat().st_size)
 
         graph.weight("w", np.float32, (3 << 16,), pieces())
     # The last few kilobytes may still be in the file's buffer.
@@ -52,7 +52,7 @@ def test_large_weights_begin_on_a_page_and_small_ones_are_packed(tmp_path: Path)
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / DATA_FILE).write_bytes(b"old")
+    (tmp_path / "model.onnx.data").write_bytes(b"old")
     with pytest.raises(FileExistsError):
         GraphWriter(tmp_path)
-    assert (tmp_path / DATA_FILE).read_bytes() == b"old"
+    assert (tmp_path / "model.onnx.data").read_bytes() == b"old"

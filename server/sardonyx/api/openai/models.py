@@ -12,7 +12,7 @@ from litestar.params import FromPath
 from sardonyx.api.dependencies import Models, ServerSettings
 from sardonyx.api.openapi import answers
 from sardonyx.errors import ModelNotFound
-from sardonyx.serving.registry import TEXT_FAMILIES, ModelState, ModelStatus
+from sardonyx.serving.registry import OPENAI_FAMILIES, ModelState, ModelStatus
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +43,7 @@ class ModelsController(Controller):
 
     @get("/v1/models", responses=answers(ModelList))
     async def list_models(self, models: Models, settings: ServerSettings) -> ModelList:
-        """Language models that are loaded or loading, with their aliases. Instant whatever the server does."""
+        """Loaded or loading models that this API can use, with their aliases. Instant whatever the server does."""
         return ModelList(data=list(_cards(models, settings.aliases)))
 
     @get("/v1/models/{model_id:path}", responses=answers(ModelCard))
@@ -60,7 +60,7 @@ def _cards(models: Models, aliases: dict[str, str]) -> list[ModelCard]:
     usable = {
         status.name: status
         for status in models.list()
-        if status.state in {ModelState.READY, ModelState.LOADING} and status.family in TEXT_FAMILIES
+        if status.state in {ModelState.READY, ModelState.LOADING} and status.family in OPENAI_FAMILIES
     }
     names = list(usable.items())
     names += [(alias, usable[name]) for alias, name in aliases.items() if name in usable and alias not in usable]

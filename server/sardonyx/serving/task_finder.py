@@ -1,0 +1,75 @@
+"""Which model a request to an endpoint beyond text generation means.
+
+Floor 4. The registry knows names and families; this knows what each family's models can be asked for.
+"""
+
+from sardonyx.errors import InvalidRequest, ModelNotReady
+from sardonyx.serving.entry import IMAGE_CLASSIFIER
+from sardonyx.serving.registry import ModelState, Registry
+from sardonyx.serving.tasks import ClassifyTask, EmbeddingTask, ImageClassifyTask, RerankTask
+
+_EMBEDDINGS = frozenset({"embeddings"})
+_SCORING = frozenset({"embeddings", "reranker"})
+_JUDGING = frozenset({"classifier", IMAGE_CLASSIFIER})
+
+Judge = ClassifyTask | ImageClassifyTask
+
+
+class TaskFinder:
+    """Finds tasks by the names of models. Every method raises what `Registry.newest` does."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def embedder(self, name: str | None) -> EmbeddingTask:
+        """For ``/v1/embeddings``."""
+        task = self._registry.newest(name, _EMBEDDINGS, "embedding model").task
+        assert isinstance(task, EmbeddingTask)
+        return task
+
+    def scorer(self, name: str | None) -> RerankTask | EmbeddingTask:
+        """For ``/v1/rerank`` and ``/v1/score``: a reranker, or an embedding model, whose embeddings are compared.
+
+        Of several a reranker comes first where none is named.
+        """
+        families = _SCORING
+        if not name and self._registry.of_families(frozenset({"reranker"})):
+            families = frozenset({"reranker"})
+        task = self._registry.newest(name, families, "reranker or embedding model").task
+        assert isinstance(task, RerankTask | EmbeddingTask)
+        return task
+
+    def judge(self, name: str) -> Judge:
+        """A moderator by its name.
+
+        Raises:
+            InvalidRequest: also where the model's config maps none of its labels to a category.
+        """
+        model = self._registry.newest(name, _JUDGING, "moderation model")
+        task = model.task
+        assert isinstance(task, ClassifyTask | ImageClassifyTask)
+        if not task.moderation:
+            raise InvalidRequest(
+                f"model {model.name} judges no moderation category: its config has no parameter moderation.<label>",
+                param="model",
+            )
+        return task
+
+    def judges(self) -> list[Judge]:
+        """Every moderator of the repository, by name.
+
+        Raises:
+            ModelNotReady: one of them is loading or failed. Without it the answer would be milder than it should be.
+        """
+        found: list[Judge] = []
+        for status in self._registry.of_families(_JUDGING):
+            if status.state is not ModelState.READY:
+                if status.reason in {"unloaded", "not loaded"}:
+                    continue
+                reason = f": {status.reason}" if status.reason else ""
+                raise ModelNotReady(f"model {status.name} is {status.state.lower()}{reason}")
+            task = self._registry.newest(status.name, _JUDGING, "moderation model").task
+            assert isinstance(task, ClassifyTask | ImageClassifyTask)
+            if task.moderation:
+                found.append(task)
+        return found
