@@ -18,6 +18,7 @@ ZERO = Encoded(values=np.zeros((1, 1), np.float32), num_tokens=1)
 
 class Embedder:
     name, max_model_len, size = "e", 8, 1
+    is_normalized, similarity = True, "cosine"
     prompts: dict[str, str] = {}  # noqa: RUF012
     default_prompt = None
     matryoshka_dims = ()

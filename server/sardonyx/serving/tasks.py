@@ -45,6 +45,10 @@ class EmbeddingTask(Protocol):
     max_model_len: int
     size: int
     """Numbers of an embedding."""
+    is_normalized: bool
+    """Embeddings have length 1."""
+    similarity: Literal["cosine", "dot", "euclidean", "manhattan"]
+    """What the model was trained to be compared with."""
     prompts: Mapping[str, str]
     default_prompt: str | None
     """A name of `prompts`."""
