@@ -26,8 +26,10 @@ from sardonyx.api.kserve.service import InferenceService
 from sardonyx.api.metrics_port import serve_metrics
 from sardonyx.api.openai.chat import ChatController
 from sardonyx.api.openai.completions import CompletionsController
+from sardonyx.api.openai.embeddings import EmbeddingsController
 from sardonyx.api.openai.errors import EXCEPTION_HANDLERS
 from sardonyx.api.openai.models import ModelsController
+from sardonyx.api.openai.rerank import RerankController
 from sardonyx.api.openai.tokens import TokensController
 from sardonyx.api.openapi import openapi_config
 from sardonyx.api.ops import OpsController
@@ -88,6 +90,8 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics, ending:
             ModelsController,
             CompletionsController,
             ChatController,
+            EmbeddingsController,
+            RerankController,
             TokensController,
             InternalController,
             BillingController,

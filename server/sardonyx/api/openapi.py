@@ -23,14 +23,14 @@ from sardonyx.api.openai.errors import DECLARED_STATUSES, ErrorBody
 _REFERENCE = "#/components/schemas/{name}"
 
 
-def answers(reply: type[Any], media_type: MediaType = MediaType.JSON) -> dict[int, ResponseSpec]:
+def answers(reply: Any, media_type: MediaType = MediaType.JSON) -> dict[int, ResponseSpec]:
     """``responses=`` of a handler: the reply, and the envelope for whatever may go wrong."""
     refused = ResponseSpec(ErrorBody, generate_examples=False, description="Refused or failed; the envelope says why.")
     success = ResponseSpec(reply, generate_examples=False, description="Success.", media_type=media_type)
     return {200: success} | dict.fromkeys(DECLARED_STATUSES, refused)
 
 
-def json_post(path: str, body: type[msgspec.Struct], reply: type[Any], **options: Any) -> post:
+def json_post(path: str | list[str], body: type[msgspec.Struct], reply: Any, **options: Any) -> post:
     """A POST handler that takes `body` as JSON and answers 200 with `reply`."""
     return post(path, dto=json_body(body), return_dto=None, status_code=200, responses=answers(reply), **options)
 

@@ -60,9 +60,9 @@ class Moderator:
 
     def names(self, items: Sequence[ModerationItem]) -> list[str]:
         """The judges that these items are for."""
-        texts = self._texts if any(item.texts for item in items) else []
-        images = self._images if any(item.images for item in items) else []
-        return sorted(judge.name for judge in (*texts, *images))
+        names = [judge.name for judge in self._texts if any(item.texts for item in items)]
+        names += [judge.name for judge in self._images if any(item.images for item in items)]
+        return sorted(names)
 
     async def judge(self, items: Sequence[ModerationItem], *, timeout_s: float | None = None) -> list[Verdict]:
         """A verdict on each item. A judge gets all the texts, or all the pictures, of all items in one call.
@@ -94,7 +94,7 @@ class Moderator:
         return _verdicts(items, judges, answers)
 
     def _check_kinds(self, items: Sequence[ModerationItem]) -> None:
-        only = self._texts + self._images
+        only: list[Judge] = [*self._texts, *self._images]
         others = f"{only[0].name} judges" if len(only) == 1 else "the moderation models judge"
         if not self._texts and any(item.texts for item in items):
             raise UnsupportedFeature(

@@ -4,7 +4,7 @@ Floor 4. Composes tasks; which model it is and how a request looks is `api`'s.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ DOCUMENT_PROMPTS = ("document", "passage", "corpus", "search_document", "retriev
 
 # Comparing so many numbers takes about a millisecond; beyond that a thread does it.
 _MAX_NUMBERS_ON_LOOP = 200_000
+
+
+_Comparison = Callable[[npt.NDArray[np.float32], npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
 async def score(
@@ -64,21 +67,27 @@ async def _similarity(
         encoded = await together(jobs)
         sides = [each.values for each in encoded]
         num_tokens = sum(each.num_tokens for each in encoded)
-    compare = _dots if task.similarity == "dot" else _cosines
+    compare: _Comparison = _dots if task.similarity == "dot" else _cosines
     is_large = sides[1].size > _MAX_NUMBERS_ON_LOOP
     values = await asyncio.to_thread(compare, *sides) if is_large else compare(*sides)
     return Encoded(values=values, num_tokens=num_tokens)
 
 
-def _dots(queries: npt.NDArray[np.float32], texts: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _dots(queries: npt.NDArray[np.floating], texts: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
     """Of (Q, width) and (N, width) with Q of 1 or N: (N, 1)."""
-    dots = np.einsum("nw,nw->n", np.broadcast_to(queries, texts.shape), texts, dtype=np.float64)
+    dots: npt.NDArray[np.float64] = np.einsum(
+        "nw,nw->n", np.broadcast_to(queries, texts.shape), texts, dtype=np.float64
+    )
     return dots[:, None].astype(np.float32)
 
 
 def _cosines(queries: npt.NDArray[np.float32], texts: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """As `_dots`. A vector of zeros is like nothing: 0."""
-    lengths = np.linalg.norm(queries.astype(np.float64), axis=1) * np.linalg.norm(texts.astype(np.float64), axis=1)
-    dots = _dots(queries, texts)[:, 0]
-    cosines = np.divide(dots, lengths, out=np.zeros_like(lengths), where=lengths > 0)
-    return np.clip(cosines, -1.0, 1.0)[:, None].astype(np.float32)
+    cosines = _dots(_directions(queries), _directions(texts))
+    return cosines.clip(-1.0, 1.0)
+
+
+def _directions(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """With length 1, but for those without any."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return vectors / np.where(lengths > 0, lengths, 1.0)

@@ -1,0 +1,159 @@
+"""Tasks whose answers a test can work out, and a repository of them."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from tests.serving.fake_models import FakeSource, FakeVersion
+
+from sardonyx.errors import ContextLengthExceeded
+from sardonyx.serving.served import LoadedModel, ModelOverride
+from sardonyx.serving.tasks import CategoryRule, Encoded, EncodeOptions, TextInput
+
+Rules = Mapping[str, Sequence[CategoryRule]]
+
+
+class Waits:
+    """A task that can be held, and remembers what became of its calls."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.gate: asyncio.Event | None = None
+        """Calls wait for it where there is one."""
+        self.error: Exception | None = None
+        """Raised by the next calls."""
+        self.calls: list[object] = []
+        self.options: list[EncodeOptions] = []
+        self.num_cancelled = 0
+        self.num_under_way = 0
+
+    async def enter(self, call: object, options: EncodeOptions | None = None) -> None:
+        self.calls.append(call)
+        if options is not None:
+            self.options.append(options)
+        self.num_under_way += 1
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+            if self.error is not None:
+                raise self.error
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        finally:
+            self.num_under_way -= 1
+
+
+class FakeEmbedder(Waits):
+    """A text is counted letter by letter: ``size`` counts of characters by their code modulo ``size``."""
+
+    def __init__(
+        self,
+        name: str = "embedder",
+        *,
+        size: int = 8,
+        is_normalized: bool = True,
+        similarity: str = "cosine",
+        prompts: Mapping[str, str] | None = None,
+        default_prompt: str | None = None,
+        matryoshka_dims: Sequence[int] = (),
+        allows_any_dimensions: bool = False,
+        max_model_len: int = 4096,
+    ) -> None:
+        super().__init__(name)
+        self.size = size
+        self.is_normalized = is_normalized
+        self.similarity = similarity
+        self.prompts = dict(prompts or {})
+        self.default_prompt = default_prompt
+        self.matryoshka_dims = matryoshka_dims
+        self.allows_any_dimensions = allows_any_dimensions
+        self.max_model_len = max_model_len
+
+    def vector(self, item: TextInput) -> np.ndarray:
+        codes = [ord(each) for each in item] if isinstance(item, str) else item
+        counts = np.bincount(np.array(codes, np.int64) % self.size, minlength=self.size).astype(np.float32)
+        return counts / np.float32(np.linalg.norm(counts)) if self.is_normalized else counts
+
+    async def embed(self, inputs: Sequence[TextInput], *, prompt: str = "", options: EncodeOptions) -> Encoded:
+        await self.enter((list(inputs), prompt), options)
+        if any(len(item) > self.max_model_len for item in inputs) and not options.truncate:
+            raise ContextLengthExceeded(f"input: has more than {self.max_model_len} tokens", param="input")
+        values = np.stack([self.vector(prompt + item if isinstance(item, str) else item) for item in inputs])
+        return Encoded(values=values, num_tokens=sum(map(len, inputs)))
+
+
+class FakeReranker(Waits):
+    """The share of a text's characters that the query has, too."""
+
+    max_model_len = 512
+
+    async def rerank(self, pairs: Sequence[tuple[str, str]], *, options: EncodeOptions) -> Encoded:
+        await self.enter(list(pairs), options)
+        values = [[sum(each in query for each in text) / len(text)] for query, text in pairs]
+        return Encoded(values=np.array(values, np.float32), num_tokens=sum(len(a) + len(b) for a, b in pairs))
+
+
+class FakeClassifier(Waits):
+    """A text scores for a label what it says: ``"rude=0.75 mild=0.5"``; 0 for labels that it does not name."""
+
+    max_model_len = 512
+
+    def __init__(self, name: str = "classifier", rules: Rules | None = None, labels: Sequence[str] = ()) -> None:
+        super().__init__(name)
+        self.moderation: Rules = {"rude": [CategoryRule("harassment", 0.5)]} if rules is None else rules
+        self.labels = labels or list(self.moderation)
+
+    def scores(self, text: str) -> list[float]:
+        said = dict(each.split("=") for each in text.split() if each.count("=") == 1)
+        return [float(said.get(label, 0.0)) for label in self.labels]
+
+    async def classify(self, texts: Sequence[str], *, options: EncodeOptions) -> Encoded:
+        await self.enter(list(texts), options)
+        values = np.array([self.scores(text) for text in texts], np.float32)
+        return Encoded(values=values, num_tokens=sum(map(len, texts)))
+
+
+class FakeImageClassifier(Waits):
+    """As `FakeClassifier`; the bytes of a picture are its text."""
+
+    def __init__(self, name: str = "pictures", rules: Rules | None = None) -> None:
+        super().__init__(name)
+        self.moderation: Rules = {"nude": [CategoryRule("sexual", 0.5)]} if rules is None else rules
+        self.labels = list(self.moderation)
+
+    async def classify_images(self, images: Sequence[bytes], *, timeout_s: float | None = None) -> Encoded:
+        await self.enter(list(images), EncodeOptions(timeout_s=timeout_s))
+        said = FakeClassifier(rules=self.moderation)
+        values = np.array([said.scores(image.decode("latin-1")) for image in images], np.float32)
+        return Encoded(values=values, num_tokens=len(images))
+
+
+class TaskSource(FakeSource):
+    """A repository of models that are one task each, by the task's name."""
+
+    def __init__(self, *tasks: Waits) -> None:
+        super().__init__()
+        self.tasks = {task.name: task for task in tasks}
+        for task in tasks:
+            self.write(task.name, family=_FAMILIES[type(task)])
+
+    @property
+    def served(self) -> dict[str, object]:
+        """For `tests.api.live.application`: nothing there has a gate to open."""
+        return {}
+
+    def load(self, name: str, override: ModelOverride | None = None) -> LoadedModel:
+        loaded = super().load(name, override)
+        for version in loaded.versions.values():
+            assert isinstance(version, FakeVersion)
+            version.task = self.tasks[name]
+        return loaded
+
+
+_FAMILIES: dict[type, str] = {
+    FakeEmbedder: "embeddings",
+    FakeReranker: "reranker",
+    FakeClassifier: "classifier",
+    FakeImageClassifier: "image_classifier",
+}
