@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from tests.serving.fake_models import FakeSource, FakeVersion
+from tests.serving.fake_models import FakeVersion
 
 from sardonyx.errors import ContextLengthExceeded
+from sardonyx.repository.index import IndexEntry
 from sardonyx.serving.served import LoadedModel, ModelOverride
 from sardonyx.serving.tasks import CategoryRule, Encoded, EncodeOptions, TextInput
 
@@ -26,12 +27,15 @@ class Waits:
         self.options: list[EncodeOptions] = []
         self.num_cancelled = 0
         self.num_under_way = 0
+        self.entered = asyncio.Event()
+        """There was a call."""
 
     async def enter(self, call: object, options: EncodeOptions | None = None) -> None:
         self.calls.append(call)
         if options is not None:
             self.options.append(options)
         self.num_under_way += 1
+        self.entered.set()
         try:
             if self.gate is not None:
                 await self.gate.wait()
@@ -129,26 +133,24 @@ class FakeImageClassifier(Waits):
         return Encoded(values=values, num_tokens=len(images))
 
 
-class TaskSource(FakeSource):
+class TaskSource:
     """A repository of models that are one task each, by the task's name."""
 
     def __init__(self, *tasks: Waits) -> None:
-        super().__init__()
         self.tasks = {task.name: task for task in tasks}
-        for task in tasks:
-            self.write(task.name, family=_FAMILIES[type(task)])
+        self.served: dict[str, object] = {}
+        """For `tests.api.live`: nothing there has a gate to open."""
 
-    @property
-    def served(self) -> dict[str, object]:
-        """For `tests.api.live.application`: nothing there has a gate to open."""
-        return {}
+    def index(self) -> list[IndexEntry]:
+        return [IndexEntry(name=name, versions=[1], family=_FAMILIES[type(task)]) for name, task in self.tasks.items()]
 
     def load(self, name: str, override: ModelOverride | None = None) -> LoadedModel:
-        loaded = super().load(name, override)
-        for version in loaded.versions.values():
-            assert isinstance(version, FakeVersion)
-            version.task = self.tasks[name]
-        return loaded
+        version = FakeVersion(name, 1, 1, None)
+        version.task = self.tasks[name]
+        return LoadedModel(versions={1: version})
+
+    def close(self) -> None:
+        """Models share nothing."""
 
 
 _FAMILIES: dict[type, str] = {

@@ -146,8 +146,7 @@ def test_judges_work_at_the_same_time_and_end_with_the_call():
             each.gate = asyncio.Event()
         task = asyncio.create_task(Moderator(judges).judge([ModerationItem(texts=["x"], images=[b"y"])]))
         async with asyncio.timeout(10):
-            while not all(each.num_under_way for each in judges):
-                await asyncio.sleep(0)
+            await asyncio.gather(*(each.entered.wait() for each in judges))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

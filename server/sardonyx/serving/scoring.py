@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from sardonyx.serving.tasks import Encoded, EmbeddingTask, EncodeOptions, RerankTask
+from sardonyx.serving.tasks import EmbeddingTask, Encoded, EncodeOptions, RerankTask
 from sardonyx.serving.together import together
 
 QUERY_PROMPTS = ("query", "search_query", "retrieval.query")
@@ -46,7 +46,7 @@ async def score(
 
 
 def named_prompt(task: EmbeddingTask, names: Sequence[str]) -> str:
-    """The first of some prompts that the model has, or its default, as sentence-transformers chooses; empty for none."""
+    """The first of some prompts that the model has, else its default (as in sentence-transformers); may be empty."""
     name = next((name for name in names if name in task.prompts), task.default_prompt)
     return "" if name is None else task.prompts[name]
 

@@ -3,6 +3,7 @@
 Floor 5. What the endpoints of embeddings, reranking and scoring share.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -12,6 +13,7 @@ from sardonyx.errors import ContextLengthExceeded, InvalidRequest
 from sardonyx.serving.scoring import DOCUMENT_PROMPTS, QUERY_PROMPTS, named_prompt
 from sardonyx.serving.tasks import EmbeddingTask, EncodeOptions
 
+_INPUT = re.compile(r"\Ainput(\.\d+)?: ")
 _SIDES: dict[str, Literal["right", "left"]] = {"right": "right", "left": "left", "end": "right", "start": "left"}
 
 
@@ -112,20 +114,15 @@ def _prompt(task: EmbeddingTask, name: str, param: str) -> str:
 
 
 @contextmanager
-def input_named(*names: str) -> Iterator[None]:
-    """Let errors that are about "input" name the field that the caller filled.
-
-    Args:
-        names: of the field; of several nobody can tell which it was, and the first is named.
-    """
+def input_named(field: str) -> Iterator[None]:
+    """Let errors that are about "input" name the field that the caller filled."""
     try:
         yield
     except InvalidRequest as error:
         if error.param is None or error.param.partition(".")[0] != "input":
             raise
-        message = error.message.removeprefix(error.param).removeprefix(": ")
         kind = ContextLengthExceeded if isinstance(error, ContextLengthExceeded) else InvalidRequest
-        raise kind(f"{names[0]}: {message}", param=names[0]) from None
+        raise kind(f"{field}: {_INPUT.sub('', error.message)}", param=field) from None
 
 
 def check_texts(texts: Sequence[str], field: str) -> None:

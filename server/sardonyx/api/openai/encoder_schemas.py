@@ -1,8 +1,8 @@
 """Bodies of the endpoints for models that read a text once: OpenAI's fields, and what users of vLLM, TEI, Jina, Cohere
 and Voyage send.
 
-Floor 5. As `schemas`: ranges that stand alone are checked by msgspec, null counts as absent, unknown fields are ignored,
-and known ones that would change the answer and cannot be honoured are refused by name.
+Floor 5. As `schemas`: ranges that stand alone are checked by msgspec, null counts as absent, unknown fields are
+ignored, and known ones that would change the answer and cannot be honoured are refused by name.
 """
 
 from collections.abc import Mapping

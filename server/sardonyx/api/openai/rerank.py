@@ -22,7 +22,7 @@ from sardonyx.api.openai.options import request_timeout_s
 from sardonyx.api.openapi import json_post
 from sardonyx.errors import InvalidRequest, UnsupportedFeature
 from sardonyx.serving.scoring import score
-from sardonyx.serving.tasks import Encoded, EmbeddingTask, EncodeOptions, RerankTask
+from sardonyx.serving.tasks import EmbeddingTask, Encoded, EncodeOptions, RerankTask
 
 
 class RankedText(msgspec.Struct, frozen=True, kw_only=True):
