@@ -144,6 +144,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of one step at most."""
     max_step_ms: Annotated[float, Meta(gt=0, le=60_000)] = 200.0
     """Target length of a step while others decode: how long a long prompt may hold them up, in milliseconds."""
+    encoder_batch_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 1024
+    """Tokens of one step of an embedding model, a reranker or a classifier at most. A longer text runs alone."""
 
     max_queued_requests: Count = 128
     """Sequences (a request has one for each prompt and choice) admitted and not yet finished, over all models."""
