@@ -56,8 +56,9 @@ async def _similarity(
 ) -> Encoded:
     prompts = [named_prompt(task, QUERY_PROMPTS), named_prompt(task, DOCUMENT_PROMPTS)]
     if prompts[0] == prompts[1]:  # one call fills its batches better than two
-        both = await task.embed([*queries, *texts], prompt=prompts[0], options=options)
-        sides = [both.values[: len(queries)], both.values[len(queries) :]]
+        # The texts first, for errors count from there.
+        both = await task.embed([*texts, *queries], prompt=prompts[0], options=options)
+        sides = [both.values[len(texts) :], both.values[: len(texts)]]
         num_tokens = both.num_tokens
     else:
         jobs = [

@@ -129,7 +129,7 @@ def test_a_document_may_be_cut_where_it_would_be_anyway(rerank, tasks):
 
 
 def test_errors_about_inputs_name_the_field_that_held_them(rerank, score, api, tasks):
-    tasks["ranker"].error = ContextLengthExceeded("input: a text is too long", param="input.1")
+    tasks["ranker"].error = ContextLengthExceeded("text 1 is too long", param="input")
     try:
         answers = [
             rerank(),
@@ -141,7 +141,7 @@ def test_errors_about_inputs_name_the_field_that_held_them(rerank, score, api, t
     for answer, field in zip(answers, ["documents", "texts", "documents"], strict=True):
         assert error(answer)["param"] == field
         assert error(answer)["code"] == "context_length_exceeded"
-        assert error(answer)["message"] == f"{field}: a text is too long"
+        assert error(answer)["message"] == f"{field}: text 1 is too long"
 
 
 def test_other_errors_stay_as_they_are(rerank, tasks):
@@ -159,7 +159,7 @@ def test_an_embedding_model_ranks_by_cosine(rerank, tasks):
     assert [each["index"] for each in results] == sorted(range(4), key=lambda index: -expected[index])
     for each in results:
         assert each["relevance_score"] == pytest.approx(expected[each["index"]], abs=1e-6)
-    assert embedder.calls[-1] == ([QUERY, *DOCUMENTS], "")
+    assert embedder.calls[-1] == ([*DOCUMENTS, QUERY], "")
 
 
 def test_queries_and_documents_get_the_prompts_they_were_trained_with(rerank, tasks):

@@ -3,7 +3,6 @@
 Floor 5. What the endpoints of embeddings, reranking and scoring share.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -13,7 +12,6 @@ from sardonyx.errors import ContextLengthExceeded, InvalidRequest
 from sardonyx.serving.scoring import DOCUMENT_PROMPTS, QUERY_PROMPTS, named_prompt
 from sardonyx.serving.tasks import EmbeddingTask, EncodeOptions
 
-_INPUT = re.compile(r"\Ainput(\.\d+)?: ")
 _SIDES: dict[str, Literal["right", "left"]] = {"right": "right", "left": "left", "end": "right", "start": "left"}
 
 
@@ -119,10 +117,10 @@ def input_named(field: str) -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        if error.param is None or error.param.partition(".")[0] != "input":
+        if error.param != "input":
             raise
         kind = ContextLengthExceeded if isinstance(error, ContextLengthExceeded) else InvalidRequest
-        raise kind(f"{field}: {_INPUT.sub('', error.message)}", param=field) from None
+        raise kind(f"{field}: {error.message}", param=field) from None
 
 
 def check_texts(texts: Sequence[str], field: str) -> None:
