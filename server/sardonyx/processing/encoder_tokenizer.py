@@ -47,6 +47,8 @@ class EncoderTokenizer:
 
     vocab_size: int
     """The highest id plus one. The model may know more."""
+    num_special_tokens: int
+    """That are put around a text."""
 
     def __init__(self, data: bytes, file: str) -> None:
         try:
@@ -61,7 +63,7 @@ class EncoderTokenizer:
         self._unk_id = model.unk_id if model.unk_token is None else self._backend.token_to_id(model.unk_token)
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._num_special = self._backend.num_special_tokens_to_add(is_pair=False)
+        self.num_special_tokens = self._backend.num_special_tokens_to_add(is_pair=False)
         self._num_special_of_pair = self._backend.num_special_tokens_to_add(is_pair=True)
 
     @classmethod
@@ -173,7 +175,7 @@ class EncoderTokenizer:
             ) from None
 
     def _room(self, max_tokens: int, add_special_tokens: bool) -> int:
-        num_special = self._num_special if add_special_tokens else 0
+        num_special = self.num_special_tokens if add_special_tokens else 0
         if max_tokens <= num_special:
             raise InvalidRequest(
                 f"texts cannot be cut to {max_tokens} tokens: {num_special} of them are special ones; ask for at least "
