@@ -15,11 +15,13 @@ from sardonyx.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineError,
+    InvalidRequest,
     ModelNotReady,
     Overloaded,
     RequestAborted,
     ServeError,
 )
+from sardonyx.serving import item_calls
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.event_inbox import EventInbox
 from sardonyx.serving.item_calls import OUTPUT, Item, ItemCalls
@@ -276,6 +278,16 @@ def test_error_of_preparing_is_not_counted_where_the_caller_is_at_fault() -> Non
         await refused(bench, EngineError("failed"))
 
     assert check(test).statistics.failures == {"BACKEND": 1}
+
+
+def test_call_of_too_many_items_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(item_calls, "MAX_ITEMS", 2)
+
+    async def test(bench: Bench) -> None:
+        with pytest.raises(InvalidRequest, match="3 parts; at most 2"):
+            await bench.start(1, 2, 3)
+
+    check(test)
 
 
 def test_call_of_no_items_has_no_results() -> None:

@@ -65,9 +65,10 @@ class ItemCall:
         """The items' results, in their order. Once a call.
 
         Args:
-            items: at most `MAX_ITEMS`. Their tokens, where they have any, replace the estimate of the admission.
+            items: their tokens, where they have any, replace the estimate of the admission.
 
         Raises:
+            InvalidRequest: there are more than `MAX_ITEMS`.
             ServeError: the first that an item got, or the queue's refusal; the other items were aborted.
         """
         return await self._calls.run(self, self._reservation, items)
@@ -167,7 +168,8 @@ class ItemCalls:
     async def run(self, call: ItemCall, reservation: Reservation, items: Sequence[Item]) -> list[npt.NDArray[Any]]:
         """See `ItemCall.run`."""
         assert call.future is None, "a call runs once"
-        assert len(items) <= MAX_ITEMS
+        if len(items) > MAX_ITEMS:
+            raise InvalidRequest(f"the request has {len(items):,} parts; at most {MAX_ITEMS:,} are taken at once")
         if self._is_closed:
             raise self._unloaded()
         if num_tokens := sum(item.num_tokens for item in items):
