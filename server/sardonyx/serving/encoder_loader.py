@@ -1,0 +1,229 @@
+"""From a version's folder to an encoder model that serves: tokenizer, sessions, steps, and the task of its family.
+
+Floor 4. Everything here blocks; the registry runs it in worker threads.
+"""
+
+import logging
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from sardonyx.engine.instances import InstanceLoop
+from sardonyx.engine.token_budget import TokenBudgetOptions, TokenBudgetPolicy
+from sardonyx.errors import ConfigError
+from sardonyx.metrics import Metrics
+from sardonyx.processing.encoder_tokenizer import EncoderTokenizer
+from sardonyx.processing.tokenizer import TOKENIZER_FILE
+from sardonyx.repository.encoder_config import EncoderOptions, encoder_options
+from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
+from sardonyx.repository.manifest import Encoder, Manifest, all_files
+from sardonyx.runners.encoder import EncoderRunner
+from sardonyx.runtime.session import Session, SessionConfig, open_session
+from sardonyx.serving.admission import Admission
+from sardonyx.serving.classifier import TextClassifier
+from sardonyx.serving.embeddings import EmbeddingModel
+from sardonyx.serving.encoder import EncoderVersion
+from sardonyx.serving.encoder_tensors import EncoderTensorModel, Face, classifier_face, embedding_face, reranker_face
+from sardonyx.serving.entry import ENCODER_FAMILIES
+from sardonyx.serving.event_inbox import EventInbox
+from sardonyx.serving.item_calls import ItemCalls
+from sardonyx.serving.pool import WorkerPool
+from sardonyx.serving.reranker import RerankerModel
+from sardonyx.serving.status import unix_time
+from sardonyx.serving.tasks import CategoryRule
+from sardonyx.serving.tensor_sessions import MAX_WIDE_BYTES
+from sardonyx.settings import Settings, usable_cores
+
+logger = logging.getLogger(__name__)
+
+NUM_EXPRESS = 1
+"""Instances that are kept for short requests: they share the session, and its threads, of the others."""
+
+
+class EncoderLoader:
+    """Loads embedding models, rerankers and text classifiers. What they share is made here."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._pool = WorkerPool()
+        self._admission = Admission(
+            settings.max_queued_requests, settings.max_queued_tokens, unit="queued tokens", on_reject=metrics.reject
+        )
+        self._num_threads = settings.num_threads or usable_cores()
+
+    def close(self) -> None:
+        """When the last model is closed."""
+        self._pool.close()
+
+    def load(self, entry: ModelEntry, version: int) -> EncoderTensorModel:
+        """One version, its instances running.
+
+        Raises:
+            ConfigError: a file is missing or wrong, or config, manifest, tokenizer and graph do not suit each other.
+        """
+        started_s = time.monotonic()
+        file = str(entry.config_path)
+        folder = entry.version_path(version)
+        manifest, encoder = _read_manifest(folder)
+        check_files(folder, manifest, hashes=False)
+        options = encoder_options(entry.config, file=file)
+        moderation = moderation_rules(manifest, options, file=file)
+        facts = _facts(entry.name, folder, manifest, encoder, options, file)
+        inbox = EventInbox()
+        with ExitStack() as undo:
+            loop = self._open_loop(folder, manifest, facts, options, inbox, undo)
+            undo.pop_all()
+        statistics = self._metrics.inference(entry.name, version)
+        calls = ItemCalls(
+            entry.name,
+            loop,
+            inbox,
+            statistics,
+            admission=self._admission,
+            timeout_s=self._settings.request_timeout_s,
+        )
+        task, face = self._task(facts, calls, manifest, options, moderation)
+        statistics.load_s = time.monotonic() - started_s
+        logger.info("%s: version %d loaded in %.2f s", entry.name, version, statistics.load_s)
+        return EncoderTensorModel(
+            task,
+            face,
+            calls,
+            entry.config,
+            version=version,
+            created=facts.created,
+            size_bytes=facts.size_bytes,
+        )
+
+    def _task(
+        self,
+        facts: EncoderVersion,
+        calls: ItemCalls,
+        manifest: Manifest,
+        options: EncoderOptions,
+        moderation: dict[str, list[CategoryRule]],
+    ) -> tuple[object, Face]:
+        """What the endpoints of the model's family use, and how it looks as tensors."""
+        if manifest.embeddings is not None:
+            assert manifest.encoder is not None
+            embedder = EmbeddingModel(
+                facts,
+                calls,
+                self._pool,
+                embeddings=manifest.embeddings,
+                size=manifest.encoder.width,
+                allows_any_dimensions=options.allow_any_dimensions,
+            )
+            return embedder, embedding_face(embedder)
+        assert manifest.labels is not None
+        if manifest.family == "reranker":
+            reranker = RerankerModel(facts, calls, self._pool, labels=manifest.labels)
+            return reranker, reranker_face(reranker)
+        classifier = TextClassifier(facts, calls, self._pool, labels=manifest.labels, moderation=moderation)
+        return classifier, classifier_face(classifier)
+
+    def _open_loop(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        facts: EncoderVersion,
+        options: EncoderOptions,
+        inbox: EventInbox,
+        undo: ExitStack,
+    ) -> InstanceLoop:
+        """Instances that run; `undo` closes what was opened until then.
+
+        As with tensor models (see `tensor_sessions.SessionOpener`), the instances on the CPU share a session and divide
+        its threads, and runs that are alone have a session with all of them.
+        """
+        assert manifest.encoder is not None
+        num_instances = options.num_instances or min(2, self._num_threads)
+        graph = folder / manifest.graphs["encoder"].model.path
+
+        def open_with(path: Path, num_threads: int) -> Session:
+            session = open_session(path, model_name=facts.name, config=SessionConfig(num_threads=num_threads))
+            undo.callback(session.close)
+            return session
+
+        shared = open_with(graph, max(1, self._num_threads // num_instances))
+        head = None
+        if "head" in manifest.graphs:
+            head = open_with(folder / manifest.graphs["head"].model.path, max(1, self._num_threads // num_instances))
+        runner = EncoderRunner([shared] * (num_instances + NUM_EXPRESS), manifest.encoder, head)
+        if num_instances > 1 and self._num_threads > 1 and facts.size_bytes <= MAX_WIDE_BYTES:
+            runner.use_alone(open_with(graph, self._num_threads))
+        runner.warm_up()
+        policy = TokenBudgetPolicy(facts.name, self._policy_options(options, num_instances))
+        loop = InstanceLoop(
+            facts.name,
+            policy,
+            runner,
+            inbox.deliver,
+            num_instances=num_instances + NUM_EXPRESS,
+            # A processor is not lost for good: where steps fail, it is for what callers sent.
+            max_failed_steps=None,
+        )
+        loop.start()
+        return loop
+
+    def _policy_options(self, options: EncoderOptions, num_instances: int) -> TokenBudgetOptions:
+        return TokenBudgetOptions(
+            max_batch_tokens=options.max_batch_tokens or self._settings.encoder_batch_tokens,
+            **({} if options.max_batch_size is None else {"max_batch_size": options.max_batch_size}),
+            num_instances=num_instances,
+            num_express=NUM_EXPRESS,
+        )
+
+
+def moderation_rules(manifest: Manifest, options: EncoderOptions, *, file: str) -> dict[str, list[CategoryRule]]:
+    """What the operator says that labels mean, by label.
+
+    Raises:
+        ConfigError: the model has no such label, or is no classifier.
+    """
+    names = manifest.labels.names if manifest.labels is not None and manifest.family != "reranker" else []
+    for label in options.moderation:
+        if label not in names:
+            known = f"its labels are {', '.join(names)}" if names else f"a model of {manifest.family} has no labels"
+            raise ConfigError(
+                f"the model has no label {label!r}; {known}", file=file, field=f"parameters['moderation.{label}']"
+            )
+    return {label: [CategoryRule(*rule) for rule in rules] for label, rules in options.moderation.items()}
+
+
+def _read_manifest(folder: Path) -> tuple[Manifest, Encoder]:
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.family not in ENCODER_FAMILIES or manifest.encoder is None:
+        raise ConfigError("is no encoder model: its manifest does not say so", file=str(folder))
+    if manifest.target != "cpu":
+        raise ConfigError(f"was exported for {manifest.target}; this server runs on the CPU", file=str(folder))
+    return manifest, manifest.encoder
+
+
+def _facts(
+    name: str, folder: Path, manifest: Manifest, encoder: Encoder, options: EncoderOptions, file: str
+) -> EncoderVersion:
+    tokenizer = EncoderTokenizer.load(folder)
+    if tokenizer.vocab_size > encoder.vocab_size:
+        raise ConfigError(
+            f"has ids up to {tokenizer.vocab_size - 1:,}; the graph was built for {encoder.vocab_size:,} tokens",
+            file=str(folder / TOKENIZER_FILE),
+        )
+    max_model_len = min(options.max_model_len or encoder.max_model_len, encoder.max_model_len)
+    if max_model_len <= tokenizer.num_special_tokens:
+        raise ConfigError(
+            f"is {max_model_len}; the special tokens alone are {tokenizer.num_special_tokens}",
+            file=file,
+            field="parameters['max_model_len']",
+        )
+    return EncoderVersion(
+        name=name,
+        version=int(folder.name),
+        tokenizer=tokenizer,
+        vocab_size=encoder.vocab_size,
+        max_model_len=max_model_len,
+        truncates=options.truncate,
+        created=unix_time(manifest.created) or int(folder.stat().st_mtime),
+        size_bytes=sum(each.size_bytes for each in all_files(manifest)),
+    )
