@@ -5,13 +5,13 @@ Floor 4. `serving.embeddings`, `serving.reranker` and `serving.classifier` say w
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from sardonyx.errors import ContextLengthExceeded, EngineError, InvalidRequest
+from sardonyx.errors import ContextLengthExceeded, InvalidRequest
 from sardonyx.processing.encoder_tokenizer import MAX_CHARS_PER_TOKEN, EncoderTokenizer, Row
 from sardonyx.serving.admission import estimate_tokens
 from sardonyx.serving.item_calls import Item, ItemCalls
@@ -46,7 +46,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     """Of one call."""
 
     values: npt.NDArray[np.float32]
-    """(rows, width), finite; the rows of all inputs, in their order."""
+    """(rows, width), finite, as the runner sees to; the rows of all inputs, in their order."""
     num_rows: list[int]
     """Of each input."""
     num_tokens: int
@@ -90,9 +90,7 @@ class EncoderModel:
                 for made in await self._pool.run(_make_all, make, part):
                     items += made
                     num_rows.append(len(made))
-            values = np.stack(await call.run(items)).astype(np.float32, copy=False)
-            if not np.isfinite(values).all():
-                raise EngineError(f"the model {self.name} gave a number that is not finite")
+            values = np.stack(await call.run(items))
         return Results(values=values, num_rows=num_rows, num_tokens=sum(item.num_tokens for item in items))
 
     def limit(self, options: EncodeOptions) -> int | None:
@@ -180,11 +178,11 @@ def item(row: Row, *, num_prompt_tokens: int = 0) -> Item:
     Args:
         num_prompt_tokens: at its head, that take no part in pooling.
     """
-    inputs: dict[str, npt.NDArray[np.int64]] = {"input_ids": row.token_ids}
+    inputs: dict[str, npt.NDArray[np.integer[Any]]] = {"input_ids": row.token_ids}
     if row.token_type_ids is not None:
         inputs["token_type_ids"] = row.token_type_ids
     if num_prompt_tokens:
-        inputs["num_prompt_tokens"] = np.array(num_prompt_tokens, np.int64)
+        inputs["num_prompt_tokens"] = np.array(num_prompt_tokens, np.int32)
     return Item(inputs=inputs, num_tokens=len(row))
 
 

@@ -17,8 +17,8 @@ from sardonyx.processing.tokenizer import TOKENIZER_FILE
 from sardonyx.repository.encoder_config import EncoderOptions, encoder_options
 from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
 from sardonyx.repository.manifest import Encoder, Manifest, all_files
-from sardonyx.runners.encoder import EncoderRunner
-from sardonyx.runtime.session import Session, SessionConfig, open_session
+from sardonyx.runners.encoder import EncoderGraphs, EncoderRunner
+from sardonyx.runtime.session import SessionConfig, open_session
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.classifier import TextClassifier
 from sardonyx.serving.embeddings import EmbeddingModel
@@ -139,20 +139,19 @@ class EncoderLoader:
         """
         assert manifest.encoder is not None
         num_instances = options.num_instances or min(2, self._num_threads)
-        graph = folder / manifest.graphs["encoder"].model.path
 
-        def open_with(path: Path, num_threads: int) -> Session:
-            session = open_session(path, model_name=facts.name, config=SessionConfig(num_threads=num_threads))
-            undo.callback(session.close)
-            return session
+        def open_all(num_threads: int) -> EncoderGraphs:
+            opened = {}
+            for role, graph in manifest.graphs.items():
+                config = SessionConfig(num_threads=num_threads)
+                opened[role] = open_session(folder / graph.model.path, model_name=facts.name, config=config)
+                undo.callback(opened[role].close)
+            return EncoderGraphs(opened["encoder"], opened.get("head"))
 
-        shared = open_with(graph, max(1, self._num_threads // num_instances))
-        head = None
-        if "head" in manifest.graphs:
-            head = open_with(folder / manifest.graphs["head"].model.path, max(1, self._num_threads // num_instances))
-        runner = EncoderRunner([shared] * (num_instances + NUM_EXPRESS), manifest.encoder, head)
+        shared = open_all(max(1, self._num_threads // num_instances))
+        runner = EncoderRunner([shared] * (num_instances + NUM_EXPRESS), manifest.encoder)
         if num_instances > 1 and self._num_threads > 1 and facts.size_bytes <= MAX_WIDE_BYTES:
-            runner.use_alone(open_with(graph, self._num_threads))
+            runner.use_alone(open_all(self._num_threads))
         runner.warm_up()
         policy = TokenBudgetPolicy(facts.name, self._policy_options(options, num_instances))
         loop = InstanceLoop(
