@@ -16,7 +16,7 @@ HIDDEN_SIZE = 32
 MAX_MODEL_LEN = 48
 """Tokens of a text at most, in every architecture."""
 WORDS = """the of and to in he is that capital paris france hello world what a cat sat on mat dog good bad film was
-i liked it very much not at all where how who rain snow 1 2 3 . , ! ? ##s ##ing ##ed""".split()
+i liked it very much not at all where how who rain snow 1 2 3 . , ! ? ##s ##ing ##ed""".split()  # noqa: SIM905
 
 _PADS_WITH_1 = ("Roberta", "XLMRoberta", "Camembert", "MPNet")
 

@@ -24,6 +24,9 @@ _INERT = frozenset(
     do_sample temperature top_k top_p typical_p min_length max_length max_new_tokens num_beams num_beam_groups
     num_return_sequences length_penalty repetition_penalty diversity_penalty early_stopping no_repeat_ngram_size
     encoder_no_repeat_ngram_size is_llama_config transformers.js_config transformers_js_config neftune_noise_alpha
+    attention_probs_dropout_prob hidden_dropout_prob classifier_dropout embedding_dropout mlp_dropout dropout qa_dropout
+    seq_classif_dropout summary_first_dropout gradient_checkpointing initializer_cutoff_factor cls_token_id
+    mask_token_id deterministic_flash_attn reference_compile repad_logits_with_grad output_past
     """.split()  # noqa: SIM905 - a list of words reads better as words
 )
 
