@@ -56,13 +56,15 @@ def fit(weights: npt.NDArray[np.float32], bits: int, block_size: int) -> Blocks:
     return _round_symmetric(rows) if bits == 8 else _search(rows, bits)
 
 
-def fit_channels(weights: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Round rows symmetrically to 7 bits, codes from -63 to 63: (n, in) int8 and (n) float32.
+def fit_channels(
+    weights: npt.NDArray[np.float32], bits: int = 7
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Round rows symmetrically, to codes from -63 to 63 or from -127 to 127: (n, in) int8 and (n) float32.
 
     7 bits, as the AVX2 kernel without VNNI adds pairs of products with uint8 activations in int16. With 8 bits these
     saturate; 2 * 255 * 63 still fits.
     """
-    scales = np.abs(weights).max(axis=-1) / np.float32(63)
+    scales = np.abs(weights).max(axis=-1) / np.float32((1 << (bits - 1)) - 1)
     return np.rint(weights * _inverse(scales)[:, None]).astype(np.int8), scales
 
 

@@ -120,6 +120,11 @@ class GraphWriter:
         self._initializers[name] = tensor
         return name
 
+    def reshape(self, name: str, shape: Sequence[int]) -> str:
+        """Give a weight another shape over the same bytes."""
+        self._initializers[name].dims[:] = shape
+        return name
+
     def save(self, graph_name: str) -> list[Path]:
         """Write the graph file and return both files' paths."""
         self._data.flush()

@@ -76,17 +76,50 @@ class Linears:
         The kernel knows one scale for all rows, so each row's maximum is multiplied in behind it. What a row becomes
         depends on no other row.
         """
-        graph = self._graph
-        rows, maxima, step, middle = self._rounded_rows(x)
-        shares = graph.node(
+        rounded = self._rounded_rows(x)
+        if not bias:
+            return self._multiply_rounded(rounded, matrix, output)
+        return self._graph.node("Add", [self._multiply_rounded(rounded, matrix, output + ".unbiased"), bias], output)
+
+    def apply_shifted(self, x: str, shift: float, matrix: Matrix) -> str:
+        """``(x + shift) @ matrix.T`` for x that is nowhere below ``-shift``: (T, in) float32 → (T, out).
+
+        Such rows need no sign, so they are rounded twice as finely as `apply` rounds rows for an integer product. The
+        caller takes ``shift`` times the matrix's row sums off the bias.
+
+        Args:
+            x: name of the input.
+            shift: at least 0.
+            matrix: 7 or 8 bits by channel.
+        """
+        return self._multiply_rounded(self._shifted_rows(x, shift), matrix, matrix.name)
+
+    def _multiply_rounded(self, rounded: tuple[str, str, str, str], matrix: Matrix, output: str) -> str:
+        rows, maxima, step, middle = rounded
+        shares = self._graph.node(
             "MatMulIntegerToFloat",
             [rows, matrix.codes, step, matrix.scales, middle],
             output + ".shares",
             domain=MICROSOFT,
         )
-        if not bias:
-            return graph.node("Mul", [shares, maxima], output)
-        return graph.node("Add", [graph.node("Mul", [shares, maxima], output + ".unbiased"), bias], output)
+        return self._graph.node("Mul", [shares, maxima], output)
+
+    def _shifted_rows(self, x: str, shift: float) -> tuple[str, str, str, str]:
+        """As `_rounded_rows`, of x + shift, in 255 steps from 0 to the row's maximum."""
+        graph = self._graph
+        step = graph.constant("shifted_rows.step", np.array(1 / 255, np.float32))
+        bottom = graph.constant("shifted_rows.bottom", np.array(0, np.uint8))
+        rows, maxima = x + ".rounded_rows", x + ".row_maxima"
+        if rows not in self._derived:
+            self._derived.add(rows)
+            axis = graph.constant("axis.in_row", np.array([-1], np.int64))
+            if shift:
+                x = graph.node(
+                    "Add", [x, graph.constant(f"shift.{shift}", np.array(shift, np.float32))], x + ".shifted"
+                )
+            graph.node("ReduceMax", [x, axis], maxima, keepdims=1)
+            graph.node("QuantizeLinear", [graph.node("Div", [x, maxima], x + ".row_shares"), step, bottom], rows)
+        return rows, maxima, step, bottom
 
     def _rounded_rows(self, x: str) -> tuple[str, str, str, str]:
         """(T, in) float32 → (T, in) uint8 and the rows' largest magnitudes (T, 1), for all matrices that read x.

@@ -70,14 +70,22 @@ class WeightWriter:
         self._outcomes: dict[str, dict[str, None]] = {}
         self._used: set[str] = set()
 
-    def vector(self, names: Sequence[str], size: int, *, offset: float = 0.0, scale: float = 1.0) -> str:
+    def vector(
+        self,
+        names: Sequence[str],
+        size: int,
+        *,
+        offset: float | npt.NDArray[np.float32] = 0.0,
+        scale: float = 1.0,
+    ) -> str:
         """Norm weights or biases, one tensor after the other, each plus `offset` and times `scale`; float32.
 
-        A name that stands several times in a row is read once and laid down as often.
+        An array is an offset for each value of a single tensor. A name that stands several times in a row is read once
+        and laid down as often.
         """
         pieces = []
         for name, group in itertools.groupby(names):
-            values = (self._read(self._tensor(name, None)) + np.float32(offset)) * np.float32(scale)
+            values = (self._read(self._tensor(name, None)) + np.asarray(offset, np.float32)) * np.float32(scale)
             pieces += [values] * len(list(group))
         num_values = sum(map(len, pieces))
         if num_values != size:
@@ -106,13 +114,39 @@ class WeightWriter:
         Raises:
             ExportError: a tensor is missing or the configuration asks for another shape.
         """
-        tensors = [self._tensor(tensor_name, num_columns) for tensor_name in tensor_names]
-        if sum(tensor.shape[0] for tensor in tensors) != num_rows:
-            shapes = ", ".join(str(tensor.shape) for tensor in tensors)
-            raise ExportError(f"is {shapes}; the configuration asks for {num_rows} rows", field=tensor_names[0])
+        tensors = self._stack(tensor_names, num_rows, num_columns)
         writers = {32: self._write_floats, 7: self._write_channels}
         write = writers.get(bits, self._write_blocks)
         return write(name, tensors, num_rows, num_columns, bits, np.float32(scale))
+
+    def channels(
+        self, name: str, tensor_names: Sequence[str], num_rows: int, num_columns: int, bits: int
+    ) -> tuple[Matrix, npt.NDArray[np.float32]]:
+        """Stack tensors of (out, in) into one matrix of 7 or 8 bits with a scale for each row.
+
+        Returns:
+            The matrix, and the sum of each row of what it stands for, (out) float32.
+
+        Raises:
+            ExportError: a tensor is missing or the configuration asks for another shape.
+        """
+        tensors = self._stack(tensor_names, num_rows, num_columns)
+        codes, scales = self._fit_stack(tensors, num_rows, num_columns, bits)
+        matrix = self._write_codes(name, codes, scales, bits)
+        return matrix, codes.sum(axis=0, dtype=np.int64).astype(np.float32) * scales
+
+    def table(self, name: str, tensor_name: str, rows: Sequence[int] | npt.NDArray[np.int64], num_columns: int) -> str:
+        """Rows of a tensor as float32, (rows, num_columns), in any order and as often as they are named.
+
+        Raises:
+            ExportError: the tensor is missing, has other columns or fewer rows.
+        """
+        tensor = self._tensor(tensor_name, num_columns)
+        needed = int(np.max(rows)) + 1
+        if tensor.shape[0] < needed:
+            raise ExportError(f"has {tensor.shape[0]} rows; the configuration asks for {needed}", field=tensor_name)
+        self._account(tensor.storage, "fp32")
+        return self._graph.weight(name, np.float32, (len(rows), num_columns), [self._read(tensor)[rows]])
 
     def summary(self) -> str:
         """What became of each stored format: ``Q4_1 -> int4 ..., lossless; Q8_0 -> int8 ..., lossless``."""
@@ -125,8 +159,18 @@ class WeightWriter:
             ExportError: names the tensor.
         """
         for name in self._checkpoint.names():
-            if name not in self._used and not ignored(name):
+            if name in self._used:
+                continue
+            if not ignored(name):
                 raise ExportError("is a tensor that this architecture does not have", field=name)
+            self._advance(math.prod(self._checkpoint.tensor(name).shape))
+
+    def _stack(self, tensor_names: Sequence[str], num_rows: int, num_columns: int) -> list[StoredTensor]:
+        tensors = [self._tensor(tensor_name, num_columns) for tensor_name in tensor_names]
+        if sum(tensor.shape[0] for tensor in tensors) != num_rows:
+            shapes = ", ".join(str(tensor.shape) for tensor in tensors)
+            raise ExportError(f"is {shapes}; the configuration asks for {num_rows} rows", field=tensor_names[0])
+        return tensors
 
     def _tensor(self, name: str, num_columns: int | None) -> StoredTensor:
         tensor = self._checkpoint.tensor(name)
@@ -211,7 +255,16 @@ class WeightWriter:
     def _write_channels(
         self, name: str, tensors: Sequence[StoredTensor], num_rows: int, num_columns: int, bits: int, scale: np.float32
     ) -> Matrix:
-        """Rows become columns, as the kernel takes them, so a stack's codes are held whole: a byte for each weight."""
+        codes, scales = self._fit_stack(tensors, num_rows, num_columns, bits)
+        return self._write_codes(name, codes, scales * scale, bits)
+
+    def _fit_stack(
+        self, tensors: Sequence[StoredTensor], num_rows: int, num_columns: int, bits: int
+    ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+        """Codes (in, out) and scales (out).
+
+        Rows become columns, as the kernel takes them, so a stack's codes are held whole: a byte for each weight.
+        """
         codes = np.empty((num_columns, num_rows), np.int8)
         scales = np.empty(num_rows, np.float32)
         step = max(1, _CHUNK_WEIGHTS // num_columns)
@@ -220,10 +273,16 @@ class WeightWriter:
             self._account(tensor.storage, f"int8 per channel ({bits} bits), re-quantised")
             weights = self._read(tensor)
             for first in range(0, len(weights), step):
-                part, part_scales = fit_channels(weights[first : first + step])
+                part, part_scales = fit_channels(weights[first : first + step], bits)
                 codes[:, start : start + len(part)] = part.T
-                scales[start : start + len(part)] = part_scales * scale
+                scales[start : start + len(part)] = part_scales
                 start += len(part)
+        return codes, scales
+
+    def _write_codes(
+        self, name: str, codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float32], bits: int
+    ) -> Matrix:
+        num_columns, num_rows = codes.shape
         return Matrix(
             name=name,
             num_rows=num_rows,
