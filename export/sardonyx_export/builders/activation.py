@@ -11,10 +11,8 @@ LOWEST: Mapping[Activation, float] = {
     "gelu_tanh": -0.1701,
     "relu": 0.0,
     "silu": -0.2785,
-    "tanh": -1.0,
-    "sigmoid": 0.0,
 }
-"""A number that the function never falls below, just under its minimum. The identity has none."""
+"""Of the functions whose results are mostly small, with a few large ones: a number just under their minimum."""
 
 # ``QuickGelu`` is x * sigmoid(alpha * x).
 _OPERATORS: Mapping[Activation, tuple[str, str, dict[str, Any]]] = {

@@ -34,6 +34,8 @@ class EncoderAttention:
         self._linears = linears
         self._spec = spec
         self._width = spec.num_heads * spec.head_size
+        # The operator asks for as many rows of its tables as there are sides.
+        self._num_positions = max(spec.max_model_len, len(_SIDES) - 1)
         self._windows: dict[int, str] = {}
         self._distances = ""
         self._relative_bias = ""
@@ -83,14 +85,18 @@ class EncoderAttention:
         return graph.node("Reshape", [output, rows_shape], f"{prefix}.rows")
 
     def _rotate(self, product: str, rope: int, prefix: str) -> str:
-        """Rotary embedding of packed queries, keys and, by the row of tables that changes nothing, values."""
+        """Rotary embedding of packed queries, keys and, by the row of tables that changes nothing, values.
+
+        The operator takes each token for a row of its own, whose columns are the three sides: rows of more columns than
+        its tables have are refused, and T may be more.
+        """
         graph, spec = self._graph, self._spec
-        shape = graph.constant("shape.one_row", np.array([1, -1, self._width], np.int64))
+        shape = graph.constant("shape.sides", np.array([-1, len(_SIDES), self._width], np.int64))
         tables = [f"rope.{rope}.cos", f"rope.{rope}.sin"]
         rotary_size = spec.ropes[rope].rotary_size
         return graph.node(
             "RotaryEmbedding",
-            [graph.node("Reshape", [product, shape], f"{prefix}.one_row"), "rope.positions", *tables],
+            [graph.node("Reshape", [product, shape], f"{prefix}.sides"), "rope.positions", *tables],
             f"{prefix}.rotated",
             domain=MICROSOFT,
             num_heads=spec.num_heads,
@@ -98,19 +104,17 @@ class EncoderAttention:
         )
 
     def _write_rope_positions(self) -> None:
-        """(1, 3 T) int64: a token's position for its query and its key, then the last row of the tables."""
+        """(T, 3) int64: a token's position for its query and its key, then the last row of the tables."""
         graph = self._graph
-        positions = graph.node(
-            "Unsqueeze", ["position_ids", graph.constant("axis.side", np.array([1], np.int64))], "rope.column"
-        )
-        factors = graph.constant("rope.sides", np.array([1, 1, 0], np.int64))
-        still = graph.constant("rope.still", np.array([0, 0, self._spec.max_model_len], np.int64))
-        sides = graph.node("Add", [graph.node("Mul", [positions, factors], "rope.moved"), still], "rope.by_side")
-        graph.node("Reshape", [sides, graph.constant("shape.row", np.array([1, -1], np.int64))], "rope.positions")
+        axis = graph.constant("axis.side", np.array([1], np.int64))
+        column = graph.node("Unsqueeze", ["position_ids", axis], "rope.column")
+        factors = graph.constant("rope.factors", np.array([1, 1, 0], np.int64))
+        still = graph.constant("rope.still", np.array([0, 0, self._num_positions], np.int64))
+        graph.node("Add", [graph.node("Mul", [column, factors], "rope.moved"), still], "rope.positions")
 
     def _write_rope_tables(self, index: int, rope: EncoderRope) -> None:
-        """Cosine and sine of every position, and of none: (max_model_len + 1, rotary_size / 2) float32."""
-        positions = np.arange(self._spec.max_model_len, dtype=np.float32)
+        """Cosine and sine of every position, and of none: (positions + 1, rotary_size / 2) float32."""
+        positions = np.arange(self._num_positions, dtype=np.float32)
         angles = np.outer(positions, np.array(rope.inverse_frequencies, np.float32))
         shape = (len(angles) + 1, angles.shape[1])
         for name, function in (("cos", np.cos), ("sin", np.sin)):
