@@ -39,6 +39,17 @@ def test_a_shared_weight_has_the_same_bytes_under_another_shape(tmp_path: Path) 
     assert (b == values.reshape(-1)).all()
 
 
+def test_a_weight_takes_another_shape_over_the_same_bytes(tmp_path: Path) -> None:
+    values = np.arange(64, dtype=np.float32).reshape(4, 16)
+    with GraphWriter(tmp_path) as graph:
+        graph.reshape(graph.weight("w", np.float32, (4, 16), [values]), (8, 8))
+        graph.output("y", np.float32, [8, 8])
+        graph.node("Identity", ["w"], "y")
+        model, _ = graph.save("reshaped")
+    (y,) = ort.InferenceSession(model).run(["y"], {})
+    np.testing.assert_array_equal(y, values.reshape(8, 8))
+
+
 def test_large_weights_begin_on_a_page_and_small_ones_are_packed(tmp_path: Path) -> None:
     with GraphWriter(tmp_path) as graph:
         for name, size in (("small", 3), ("other", 5), ("large", 1 << 15), ("last", 2)):

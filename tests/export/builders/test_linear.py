@@ -146,3 +146,41 @@ def test_extreme_operands_do_not_saturate(tmp_path: Path) -> None:
         None, {"x": np.ones((4, 64), np.float32)}
     )
     np.testing.assert_allclose(actual, 32, rtol=1e-6)
+
+
+def shifted(folder: Path, x: Array, weights: Array, shift: float, *, bits: int) -> tuple[Array, Array]:
+    """``(x + shift) @ weights.T`` by ONNX Runtime, and by numpy with the sums that the writer gave."""
+    with GraphWriter(folder) as graph:
+        graph.input("x", np.float32, ["T", x.shape[1]])
+        graph.output("w", np.float32, ["T", len(weights)])
+        matrix, sums = WeightWriter(graph, ArrayCheckpoint({}, {"w": weights}), 32).channels(
+            "w", ["w"], *weights.shape, bits
+        )
+        Linears(graph, 32, has_exact_activations=False).apply_shifted("x", shift, matrix)
+        model, _ = graph.save("linear")
+    (actual,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    return actual, x @ weights.T + np.float32(shift) * sums
+
+
+def test_rows_with_a_lower_bound_lose_half_as_much_to_rounding(tmp_path: Path) -> None:
+    weights = np.sign(normal(0, 64, 576))  # 7 bits hold them exactly: what is left is the rounding of the rows.
+    x = np.maximum(normal(1, 32, 576), -0.17)
+    errors = []
+    for name, shift in (("symmetric", None), ("finer", 0.17)):
+        folder = tmp_path / name
+        folder.mkdir()
+        if shift is None:
+            (actual,) = row_session(folder, {"w": weights}).run(None, {"x": x})
+            actual, expected = 2 * actual, x @ weights.T
+        else:
+            actual, expected = shifted(folder, x, weights, shift, bits=7)
+        errors.append(np.sqrt(np.mean((actual - expected) ** 2)))
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_rows_of_zeros_give_zeros_where_nothing_is_shifted(tmp_path: Path) -> None:
+    x = np.maximum(normal(1, 5, 96), 0)
+    x[[1, 4]] = 0
+    actual, expected = shifted(tmp_path, x, normal(0, 20, 96), 0.0, bits=8)
+    assert not actual[[1, 4]].any()
+    np.testing.assert_allclose(actual, expected, atol=0.02 * np.abs(expected).max())
