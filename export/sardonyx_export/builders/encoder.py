@@ -20,7 +20,7 @@ _BESIDE = re.compile(
     r"(\w+\.)?("
     r"(embeddings\.)?position_ids|embeddings\.token_type_ids|(\w+\.)*rotary_emb\.\w*inv_freq|"
     r"pooler\.dense\.\w+|"
-    r"(cls|lm_head|generator_lm_head|generator_predictions)\.[\w.]+|"
+    r"(cls|lm_head)\.[\w.]+|"
     r"(vocab_transform|vocab_layer_norm|vocab_projector|decoder)\.\w+|"
     r"(pre_classifier|classifier|classifier\.dense|classifier\.out_proj)\.\w+|"
     r"head\.(dense|norm)\.\w+"

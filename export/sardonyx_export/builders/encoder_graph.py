@@ -55,7 +55,9 @@ class EncoderGraph:
         linears = Linears(graph, block_size or 0, has_exact_activations=False)
         self._linears = EncoderLinears(graph, weights, linears, is_quantised=is_quantised)
         self._attention = EncoderAttention(graph, weights, self._linears, spec)
-        self._head_graph = HeadGraph(graph, head, spec.hidden_size, grid="row_gather")
+        self._head_graph = HeadGraph(graph, head, grid="row_gather")
+        # What the last layer leaves of each row; without layers nothing does.
+        self._picked = self._head_graph.picked if spec.layers else None
 
     def write(self, output: str) -> None:
         """Add everything to the graph, whose output gets this name."""
@@ -144,9 +146,8 @@ class EncoderGraph:
         graph, spec = self._graph, self._spec
         rows = self._attention.apply(index, hidden)
         prefix = f"layer.{index}.attention"
-        picked = self._head_graph.picked
-        if index == len(spec.layers) - 1 and picked is not None:
-            tokens = self._head_graph.pick(picked)
+        if index == len(spec.layers) - 1 and self._picked is not None:
+            tokens = self._head_graph.pick(self._picked)
             wanted = graph.node("Gather", ["row_scatter", tokens], "wanted.rows")
             attended = graph.node("Gather", [rows, wanted], f"{prefix}.wanted")
             residual = graph.node("Gather", [residual, tokens], "wanted.residual")
@@ -214,8 +215,7 @@ class EncoderGraph:
 
     def _pool(self, hidden: str, output: str) -> None:
         graph, pooler = self._graph, self._head_graph
-        if pooler.picked is not None:
-            # The last layer has picked already.
+        if self._picked is not None:
             pooler.finish(hidden, output)
             return
 

@@ -11,6 +11,10 @@ from sardonyx_export.builders.linear import Linears
 from sardonyx_export.builders.weights import WeightWriter
 
 _BITS = 7
+# Of matrices whose input has a lower bound: activations, mostly small, so that AVX2's sums of two products hardly ever
+# leave int16. Of all-MiniLM-L6-v2 and 60 texts, 1 to 2 sums of 10,000 differ from exact ones, by 2 % of the largest at
+# most. The worst cosine of 120 embeddings to float32's is 0.9940 with this kernel and with an exact one (uint8 weights,
+# a fifth slower), and 0.9861 with 7 bits.
 _SHIFTED_BITS = 8
 
 

@@ -38,7 +38,7 @@ def build_head(head: Head, hidden_size: int, folder: Path, file_name: str = HEAD
         graph.input("token_embeddings", np.float32, ["B", "S", hidden_size])
         declare_lengths(graph, head)
         graph.output(_OUTPUT, np.float32, ["B", head.width(hidden_size)])
-        pooler = HeadGraph(graph, head, hidden_size, grid="token_embeddings")
+        pooler = HeadGraph(graph, head, grid="token_embeddings")
         pooled = pooler.pool(lambda: "token_embeddings", pooler.pick)
         pooler.finish(pooled, _OUTPUT)
         return graph.save("head")
@@ -57,14 +57,12 @@ class HeadGraph:
     Args:
         graph: receives nodes and weights.
         head: poolings and steps.
-        hidden_size: of a token's vector.
         grid: name of a tensor (B, S, ...), whose first axes are rows and their columns.
     """
 
-    def __init__(self, graph: GraphWriter, head: Head, hidden_size: int, *, grid: str) -> None:
+    def __init__(self, graph: GraphWriter, head: Head, *, grid: str) -> None:
         self._graph = graph
         self._head = head
-        self._hidden_size = hidden_size
         self._grid = grid
         self._made: dict[str, str] = {}
         self._poolings: dict[Pooling, Callable[[str, str], str]] = {

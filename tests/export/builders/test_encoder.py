@@ -100,6 +100,16 @@ def test_last_layer_goes_on_with_the_pooled_tokens_alone(tmp_path: Path) -> None
     assert list(before.input) == ["layer.0.attention.rows", "row_scatter"]
 
 
+def test_an_encoder_without_layers_pools_its_embeddings(tmp_path: Path) -> None:
+    _, checkpoint, spec = make(tmp_path, CASES["bert"])
+    spec, head = replace(spec, layers=()), Head(poolings=("lasttoken",))
+    arrays = {name: values for name, values in held(checkpoint).items() if not name.startswith("encoder.")}
+    report = build(tmp_path / "1", ArrayCheckpoint({}, arrays), spec, head)
+    (actual,) = run_packed(report.files[0], random_rows(spec))
+    expected = reference_outputs(checkpoint, spec, head, random_rows(spec))
+    np.testing.assert_allclose(actual, expected, atol=TOLERANCE)
+
+
 def test_graph_takes_token_types_where_there_is_a_choice(tmp_path: Path) -> None:
     for name, has_types in (("bert", True), ("nomic", True), ("roberta", False), ("distilbert", False)):
         _, checkpoint, spec = make(tmp_path / name, CASES[name])
