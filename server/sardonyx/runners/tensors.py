@@ -4,7 +4,6 @@ Floor 3. Instances of one device share a session: ONNX Runtime runs it from seve
 and implicit state, which no caller sends, are added here.
 """
 
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sardonyx.errors import EngineError, ServeError
+from sardonyx.runners.lone import LoneRuns
 from sardonyx.runtime.dtypes import DATATYPES
 from sardonyx.runtime.session import Session
 from sardonyx.tensors import InferenceTimes, TensorBatch, TensorOutput, TensorRequest, TensorRow, TensorSequence
@@ -73,10 +73,7 @@ class TensorModelRunner:
         self._sessions = list(sessions)
         self._graph = graph
         self._wide: Session | None = None
-        self._num_running = 0
-        self._num_begun = 0
-        self._was_alone = True
-        self._lock = threading.Lock()
+        self._lone = LoneRuns()
 
     def use_alone(self, session: Session) -> None:
         """Run on this session, on any instance, while steps follow each other one by one. Before the first step."""
@@ -95,18 +92,8 @@ class TensorModelRunner:
         """
         if self._wide is None:
             return self._execute(batch, self._sessions[instance])
-        with self._lock:
-            is_alone = not self._num_running
-            self._num_running += 1
-            self._num_begun += 1
-            number = self._num_begun
-        try:
-            # Under load an instance often begins in the gap between two of another's steps, and has company at once.
-            return self._execute(batch, self._wide if is_alone and self._was_alone else self._sessions[instance])
-        finally:
-            with self._lock:
-                self._num_running -= 1
-                self._was_alone = is_alone and number == self._num_begun
+        with self._lone.run() as is_alone:
+            return self._execute(batch, self._wide if is_alone else self._sessions[instance])
 
     def _execute(self, batch: TensorBatch, session: Session) -> TensorOutput:
         groups = self._groups(batch.rows)
