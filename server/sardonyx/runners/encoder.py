@@ -162,10 +162,10 @@ class EncoderRunner:
 
     def _results(self, values: Array) -> list[dict[str, Array] | ServeError]:
         """A row each. A number that is not finite is that row's failure, and would not survive JSON."""
-        is_good = np.isfinite(values).all(axis=1)
+        is_good: list[bool] = np.isfinite(values).all(axis=1).tolist()
         return [
             {OUTPUT: row} if good else EngineError("the model gave a number that is not finite")
-            for row, good in zip(values, is_good.tolist(), strict=True)
+            for row, good in zip(values, is_good, strict=True)
         ]
 
     def _pack(self, rows: list[TensorRequest], graphs: EncoderGraphs) -> dict[str, Array]:
@@ -237,6 +237,8 @@ def _type_ids(rows: list[TensorRequest]) -> Array:
     """Of all tokens, one row after the other."""
     given = [row.inputs.get("token_type_ids") for row in rows]
     lengths = [len(row.inputs["input_ids"]) for row in rows]
+    if all(each is None for each in given):
+        return np.zeros(sum(lengths), np.int64)
     parts = [np.zeros(length, np.int64) if each is None else each for each, length in zip(given, lengths, strict=True)]
     return np.concatenate(parts)
 
