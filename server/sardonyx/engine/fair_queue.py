@@ -109,14 +109,14 @@ class FairQueue:
     lowest tag, but within a round flows come first of which nothing has run, as they came: a short call need not wait
     for a long one that is owed less than a step. A flow begins with the clock's time as its tag, and what it is given
     is added. After each step the clock moves on by the step's tokens through the number of flows that waited; nor does
-    it lag behind a flow that has the turn. A flow that has its turn is owed no more than a round: its tag is drawn up
-    to that. A flow that is given something as it fits is lent no more than a round.
+    it lag behind a flow that has the turn. A flow that has its turn is owed no more than D, below, and nothing where no
+    other waits: its tag is drawn up to that. A flow that is given something as it fits is lent no more than D.
 
-    Nobody starves. Let N flows at most wait at once, and D be the larger of `max_batch_tokens` and the longest item. A
-    flow that is given w tokens meanwhile has its turn, in which its oldest item runs, before `take` gives
-    4 N D + N w tokens. For its tag is at most D + w ahead of where the clock was; each T tokens move the clock by T / N
-    at least; once it is two rounds beyond the tag (3 N D + N w, and the last step's), whoever comes, or has a turn, has
-    a tag of a later round, so each other flow has one turn more at most.
+    Nobody starves. Let N flows at most wait at once, and D be the larger of `max_batch_tokens` and the longest item
+    that there was. A flow that is given w tokens meanwhile has its turn, in which its oldest item runs, before `take`
+    has given 4 N D + N w tokens. For its tag is at most D + w ahead of where the clock was; T tokens move the clock by
+    T / N at least; once it is a round and D beyond the tag (3 N D + N w, and the last step's), whoever comes, or has a
+    turn, has a tag of a later round, so each other flow has one turn more at most.
 
     Args:
         max_batch_tokens: of a step. A longer item runs alone.
@@ -131,6 +131,7 @@ class FairQueue:
         self._max_padding = max_padding
         self._short_tokens = short_tokens
         self._clock = 0.0
+        self._credit = max_batch_tokens
         self._bounds = [0]
         self._items: OrderedDict[int, WaitingItem] = OrderedDict()
         self._flows: dict[int, Flow] = {}
@@ -161,6 +162,7 @@ class FairQueue:
     def add(self, request: TensorRequest, now_s: float) -> None:
         """Queue a request of at least one token."""
         number = next(self._numbers)
+        self._credit = max(self._credit, request.num_tokens)
         flow = self._flows.get(request.flow)
         if flow is None:
             flow = self._flows[request.flow] = Flow(request.flow, number, self._clock)
@@ -272,7 +274,8 @@ class FairQueue:
     def _give(self, flow: Flow, num_tokens: int, *, is_first: bool = False) -> None:
         """Put what a flow is given on its tag."""
         if is_first:
-            flow.tag = max(flow.tag, self._clock - self._max_batch_tokens) + num_tokens
+            owed = self._credit if len(self._flows) > 1 else 0
+            flow.tag = max(flow.tag, self._clock - owed) + num_tokens
         else:
-            flow.tag = max(flow.tag, min(flow.tag + num_tokens, self._clock + self._max_batch_tokens))
+            flow.tag = max(flow.tag, min(flow.tag + num_tokens, self._clock + self._credit))
         flow.has_begun = True

@@ -162,7 +162,7 @@ class EncoderRunner:
 
     def _results(self, values: Array) -> list[dict[str, Array] | ServeError]:
         """A row each. A number that is not finite is that row's failure, and would not survive JSON."""
-        is_good: list[bool] = np.isfinite(values).all(axis=1).tolist()
+        is_good = np.all(np.isfinite(values), axis=1).tolist()
         return [
             {OUTPUT: row} if good else EngineError("the model gave a number that is not finite")
             for row, good in zip(values, is_good, strict=True)

@@ -3,6 +3,7 @@
 Floor 4. Everything here blocks; the registry runs it in worker threads.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from sardonyx.errors import ConfigError, ModelNotFound
@@ -11,8 +12,10 @@ from sardonyx.repository.ensemble import part_names
 from sardonyx.repository.index import DUPLICATE, IndexEntry, index, merge
 from sardonyx.repository.layout import ModelEntry, Repository, read_manifest
 from sardonyx.runtime.session import configure_threads
+from sardonyx.serving.encoder_loader import EncoderLoader
+from sardonyx.serving.encoder_tensors import EncoderTensorModel
 from sardonyx.serving.ensemble import EnsembleModel
-from sardonyx.serving.entry import TEXT_FAMILY
+from sardonyx.serving.entry import ENCODER_FAMILIES, TEXT_FAMILY
 from sardonyx.serving.memory import KvBudget, free_memory_bytes
 from sardonyx.serving.override import override_config, override_folder
 from sardonyx.serving.registry import Registry
@@ -57,6 +60,7 @@ class ModelLoader:
         self._repositories = repositories
         self._registry: Registry | None = None
         self._texts = TextLoader(settings, metrics, budget)
+        self._encoders = EncoderLoader(settings, metrics)
         self._tensors = TensorLoader(settings, metrics, self._part)
 
     def connect(self, registry: Registry) -> None:
@@ -70,6 +74,7 @@ class ModelLoader:
     def close(self) -> None:
         """When the last model is closed."""
         self._texts.close()
+        self._encoders.close()
 
     def load(self, name: str, override: ModelOverride | None = None) -> LoadedModel:
         """Every version that the model's policy chooses, or none; of a language model the newest one.
@@ -82,23 +87,15 @@ class ModelLoader:
             if not entry.versions:
                 raise ConfigError("has no version to serve", file=str(entry.path))
             manifest = read_manifest(entry.version_path(entry.versions[-1]))
-            if manifest is not None:
-                if manifest.family != TEXT_FAMILY:
-                    raise ConfigError(f"models of the family {manifest.family} are not served", file=str(entry.path))
+            if manifest is None:
+                versions = _load_versions(entry, self._tensors.load)
+                return LoadedModel(versions=versions, depends_on=part_names(entry.config))
+            if manifest.family == TEXT_FAMILY:
                 text = self._texts.load(entry)
                 return LoadedModel(versions={text.version: text})
-            return LoadedModel(versions=self._load_versions(entry), depends_on=part_names(entry.config))
-
-    def _load_versions(self, entry: ModelEntry) -> dict[int, ServedModel]:
-        versions: dict[int, TensorModel | EnsembleModel] = {}
-        try:
-            for version in entry.versions:
-                versions[version] = self._tensors.load(entry, version)
-        except BaseException:
-            for model in versions.values():
-                model.discard()
-            raise
-        return dict(versions)
+            if manifest.family in ENCODER_FAMILIES:
+                return LoadedModel(versions=_load_versions(entry, self._encoders.load))
+            raise ConfigError(f"models of the family {manifest.family} are not served", file=str(entry.path))
 
     def _entry(self, name: str, override: ModelOverride | None) -> AbstractContextManager[ModelEntry]:
         """The model's folder and config, or what the caller brought in their place while the block runs."""
@@ -119,3 +116,19 @@ class ModelLoader:
     def _part(self, name: str, version: int | None) -> ServedModel:
         assert self._registry is not None
         return self._registry.part(name, version)
+
+
+_Discardable = TensorModel | EnsembleModel | EncoderTensorModel
+
+
+def _load_versions(entry: ModelEntry, load: Callable[[ModelEntry, int], _Discardable]) -> dict[int, ServedModel]:
+    """Every version, or none."""
+    versions: dict[int, _Discardable] = {}
+    try:
+        for version in entry.versions:
+            versions[version] = load(entry, version)
+    except BaseException:
+        for model in versions.values():
+            model.discard()
+        raise
+    return dict(versions)
