@@ -29,6 +29,7 @@ from sardonyx.api.openai.completions import CompletionsController
 from sardonyx.api.openai.embeddings import EmbeddingsController
 from sardonyx.api.openai.errors import EXCEPTION_HANDLERS
 from sardonyx.api.openai.models import ModelsController
+from sardonyx.api.openai.moderations import ModerationsController
 from sardonyx.api.openai.rerank import RerankController
 from sardonyx.api.openai.tokens import TokensController
 from sardonyx.api.openapi import openapi_config
@@ -92,6 +93,7 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics, ending:
             ChatController,
             EmbeddingsController,
             RerankController,
+            ModerationsController,
             TokensController,
             InternalController,
             BillingController,

@@ -15,7 +15,8 @@ from sardonyx.runtime.session import configure_threads
 from sardonyx.serving.encoder_loader import EncoderLoader
 from sardonyx.serving.encoder_tensors import EncoderTensorModel
 from sardonyx.serving.ensemble import EnsembleModel
-from sardonyx.serving.entry import ENCODER_FAMILIES, TEXT_FAMILY
+from sardonyx.serving.entry import ENCODER_FAMILIES, IMAGE_CLASSIFIER, TEXT_FAMILY
+from sardonyx.serving.image_loader import ImageClassifierLoader
 from sardonyx.serving.memory import KvBudget, free_memory_bytes
 from sardonyx.serving.override import override_config, override_folder
 from sardonyx.serving.registry import Registry
@@ -61,6 +62,7 @@ class ModelLoader:
         self._registry: Registry | None = None
         self._texts = TextLoader(settings, metrics, budget)
         self._encoders = EncoderLoader(settings, metrics)
+        self._images = ImageClassifierLoader(settings, metrics)
         self._tensors = TensorLoader(settings, metrics, self._part)
 
     def connect(self, registry: Registry) -> None:
@@ -75,6 +77,7 @@ class ModelLoader:
         """When the last model is closed."""
         self._texts.close()
         self._encoders.close()
+        self._images.close()
 
     def load(self, name: str, override: ModelOverride | None = None) -> LoadedModel:
         """Every version that the model's policy chooses, or none; of a language model the newest one.
@@ -95,6 +98,8 @@ class ModelLoader:
                 return LoadedModel(versions={text.version: text})
             if manifest.family in ENCODER_FAMILIES:
                 return LoadedModel(versions=_load_versions(entry, self._encoders.load))
+            if manifest.family == IMAGE_CLASSIFIER:
+                return LoadedModel(versions=_load_versions(entry, self._images.load))
             raise ConfigError(f"models of the family {manifest.family} are not served", file=str(entry.path))
 
     def _entry(self, name: str, override: ModelOverride | None) -> AbstractContextManager[ModelEntry]:

@@ -1,0 +1,149 @@
+"""From a version's folder to an image classifier that serves: session, steps and task.
+
+Floor 4. Everything here blocks; the registry runs it in worker threads.
+"""
+
+import logging
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from sardonyx.engine.dynamic import DynamicOptions, DynamicPolicy
+from sardonyx.engine.instances import InstanceLoop
+from sardonyx.errors import ConfigError
+from sardonyx.metrics import Metrics
+from sardonyx.repository.encoder_config import EncoderOptions, encoder_options
+from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
+from sardonyx.repository.manifest import ImageInput, Labels, Manifest, all_files
+from sardonyx.runners.images import ImageClassifierRunner
+from sardonyx.runtime.session import SessionConfig, open_session
+from sardonyx.serving.admission import Admission
+from sardonyx.serving.encoder_loader import moderation_rules
+from sardonyx.serving.encoder_tensors import EncoderTensorModel, image_face
+from sardonyx.serving.entry import IMAGE_CLASSIFIER
+from sardonyx.serving.event_inbox import EventInbox
+from sardonyx.serving.image_classifier import ImageClassifier
+from sardonyx.serving.item_calls import ItemCalls
+from sardonyx.serving.pool import WorkerPool
+from sardonyx.serving.status import unix_time
+from sardonyx.settings import Settings, usable_cores
+
+logger = logging.getLogger(__name__)
+
+MAX_STEP_IMAGES = 8
+"""Pictures of a step, where the operator's config does not say."""
+MAX_CALL_IMAGES = 64
+"""Pictures of a call over KServe-v2, where the operator's config does not say: some bytes may be millions of pixels."""
+_OPTIONS = frozenset({"max_batch_size", "num_instances", "moderation"})
+
+
+class ImageClassifierLoader:
+    """Loads image classifiers. What they share is made here."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._pool = WorkerPool()
+        self._admission = Admission(
+            settings.max_inflight_inferences,
+            settings.max_inflight_tensor_bytes,
+            unit="bytes of pictures",
+            on_reject=metrics.reject,
+        )
+        self._num_threads = settings.num_threads or usable_cores()
+
+    def close(self) -> None:
+        """When the last model is closed."""
+        self._pool.close()
+
+    def load(self, entry: ModelEntry, version: int) -> EncoderTensorModel:
+        """One version, its instances running.
+
+        Raises:
+            ConfigError: a file is missing or wrong, or config, manifest and graph do not suit each other.
+        """
+        started_s = time.monotonic()
+        file = str(entry.config_path)
+        folder = entry.version_path(version)
+        manifest, image, labels = _read_manifest(folder)
+        check_files(folder, manifest, hashes=False)
+        options = _options(entry.config, file)
+        moderation = moderation_rules(manifest, options, file=file)
+        inbox = EventInbox()
+        loop = self._open_loop(entry.name, folder / manifest.graphs["model"].model.path, image, labels, options, inbox)
+        statistics = self._metrics.inference(entry.name, version)
+        calls = ItemCalls(
+            entry.name,
+            loop,
+            inbox,
+            statistics,
+            admission=self._admission,
+            timeout_s=self._settings.request_timeout_s,
+        )
+        task = ImageClassifier(entry.name, calls, self._pool, image=image, labels=labels, moderation=moderation)
+        statistics.load_s = time.monotonic() - started_s
+        logger.info("%s: version %d loaded in %.2f s", entry.name, version, statistics.load_s)
+        return EncoderTensorModel(
+            task,
+            image_face(task),
+            calls,
+            _limited(entry.config),
+            version=version,
+            created=unix_time(manifest.created) or int(folder.stat().st_mtime),
+            size_bytes=sum(each.size_bytes for each in all_files(manifest)),
+        )
+
+    def _open_loop(
+        self, name: str, path: Path, image: ImageInput, labels: Labels, options: EncoderOptions, inbox: EventInbox
+    ) -> InstanceLoop:
+        """Instances that run. They share a session and divide the threads; one has all, for convolutions use them."""
+        num_instances = options.num_instances or 1
+        config = SessionConfig(num_threads=max(1, self._num_threads // num_instances))
+        with ExitStack() as undo:
+            session = open_session(path, model_name=name, config=config)
+            undo.callback(session.close)
+            runner = ImageClassifierRunner([session] * num_instances, image, len(labels.names))
+            runner.warm_up()
+            undo.pop_all()
+        max_batch_size = options.max_batch_size or MAX_STEP_IMAGES
+        policy = DynamicPolicy(name, DynamicOptions(max_batch_size=max_batch_size, is_batching=True))
+        # A processor is not lost for good: where steps fail, the loop goes on.
+        loop = InstanceLoop(name, policy, runner, inbox.deliver, num_instances=num_instances, max_failed_steps=None)
+        loop.start()
+        return loop
+
+
+def _read_manifest(folder: Path) -> tuple[Manifest, ImageInput, Labels]:
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.family != IMAGE_CLASSIFIER or manifest.image is None or manifest.labels is None:
+        raise ConfigError("is no image classifier: its manifest does not say so", file=str(folder))
+    if manifest.target != "cpu":
+        raise ConfigError(f"was exported for {manifest.target}; this server runs on the CPU", file=str(folder))
+    image = manifest.image
+    least = image.resize if len(image.resize) == 2 else image.resize * 2
+    if image.crop[0] > least[0] or image.crop[1] > least[1]:
+        raise ConfigError(
+            f"is {image.crop}; resized pictures may have no more than {least}", file=str(folder), field="image.crop"
+        )
+    if 0 in image.std:
+        raise ConfigError("has a 0, by which numbers would be divided", file=str(folder), field="image.std")
+    return manifest, image, manifest.labels
+
+
+def _options(config: ModelConfig, file: str) -> EncoderOptions:
+    options = encoder_options(config, file=file)
+    for field in msgspec.structs.fields(EncoderOptions):
+        if field.name not in _OPTIONS and field.name in config.parameters:
+            raise ConfigError("has no meaning for an image classifier", file=file, field=f"parameters[{field.name!r}]")
+    return options
+
+
+def _limited(config: ModelConfig) -> ModelConfig:
+    """The operator's config, with the most pictures of a call."""
+    result = ModelConfig()
+    result.CopyFrom(config)
+    result.max_batch_size = config.max_batch_size or MAX_CALL_IMAGES
+    return result
