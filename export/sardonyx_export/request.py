@@ -11,7 +11,8 @@ import msgspec
 from sardonyx.errors import ConfigError, ModelNotFound
 from sardonyx.repository.layout import ModelEntry, Repository, check_files, read_manifest
 from sardonyx.repository.manifest import Manifest
-from sardonyx_export.plan import Activations, Precision, Target
+from sardonyx_export.encoder_spec import Pooling
+from sardonyx_export.plan import FAMILY_OF_TASK, Activations, Precision, Target, Task
 from sardonyx_export.sources.resolve import parse_source, source_uri
 
 
@@ -23,12 +24,20 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
     repository: Path
     name: str | None = None
     """Of the model; ``None``: made from the source's."""
+    task: Task | Literal["auto"] = "auto"
+    """What the model is for; ``auto``: as the source says."""
     precision: Precision | Literal["auto"] = "auto"
     activations: Activations | None = None
     """``None``: what suits the precision and the source."""
     max_model_len: int | None = None
     """Positions that the graph is built for; ``None``: the model's own."""
     target: Target = "cpu"
+    pooling: Pooling | None = None
+    """Of a bare encoder's tokens; ``None``: as the source says, else mean."""
+    file: str | None = None
+    """A ready ONNX graph inside the source to take; ``None``: the only one, where there are no weights."""
+    tokenizer: Path | None = None
+    """A tokenizer.json for an ONNX graph that comes without."""
     sha256: str | None = None
     """What the archive or GGUF file must hash to."""
     adds_version: bool = False
@@ -103,9 +112,13 @@ def _usable_manifest(entry: ModelEntry, version: int) -> Manifest | None:
 
 
 def _is_wanted(manifest: Manifest, request: ExportRequest, uri: str) -> bool:
-    built_len = manifest.llm.max_model_len if manifest.llm else None
+    limited = manifest.llm or manifest.encoder
+    built_len = limited.max_model_len if limited else None
+    pooling = manifest.embeddings.pooling if manifest.embeddings else None
     return (
         manifest.source.uri == uri
+        and request.task in ("auto", *(task for task, family in FAMILY_OF_TASK.items() if family == manifest.family))
+        and request.pooling in (None, pooling)
         and manifest.target == request.target
         and request.precision in ("auto", manifest.precision)
         and request.activations in (None, manifest.activations)

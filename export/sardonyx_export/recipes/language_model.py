@@ -1,0 +1,77 @@
+"""Decoder language models: the packed-step graph, verified by the source's own weights in numpy."""
+
+import os
+from pathlib import Path
+
+from sardonyx.repository.manifest import LanguageModel
+from sardonyx.runtime.session import configure_threads
+from sardonyx_export.builders.decoder import BuildOptions, build_decoder
+from sardonyx_export.built import Built
+from sardonyx_export.checkpoint import Checkpoint
+from sardonyx_export.families.llm import read_spec
+from sardonyx_export.plan import make_plan
+from sardonyx_export.recipes.recipe import Progress
+from sardonyx_export.request import ExportRequest
+from sardonyx_export.special_tokens import load_tokenizer, read_special_tokens
+from sardonyx_export.stages.reference import reference_logits
+from sardonyx_export.stages.verify import compare, make_prompts, run_graph
+
+
+class LanguageModelRecipe:
+    """A `recipe.Recipe`.
+
+    Args:
+        checkpoint: of a decoder.
+        name: of the model.
+        request: precision, activations and positions.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str, request: ExportRequest) -> None:
+        self._checkpoint = checkpoint
+        self.plan = make_plan(
+            checkpoint,
+            name=name,
+            precision=request.precision,
+            activations=request.activations,
+            max_model_len=request.max_model_len,
+            target=request.target,
+        )
+
+    def build(self, folder: Path, progress: Progress) -> Built:
+        """See `recipe.Recipe`."""
+        checkpoint, plan = self._checkpoint, self.plan
+        spec = read_spec(checkpoint.config, max_model_len=plan.max_model_len)
+        tokenizer = load_tokenizer(checkpoint)
+        special = read_special_tokens(checkpoint, tokenizer, vocab_size=spec.vocab_size)
+        prompts = make_prompts(tokenizer, vocab_size=spec.vocab_size, max_model_len=spec.max_model_len)
+        options = BuildOptions(
+            precision=plan.precision,
+            activations=plan.activations,
+            max_model_len=plan.max_model_len,
+            target=plan.target,
+        )
+        report = build_decoder(checkpoint, folder, options, lambda done, total: progress("build", done, total))
+        llm = LanguageModel(
+            vocab_size=report.vocab_size,
+            max_model_len=report.max_model_len,
+            kv=report.kv,
+            bos_token_id=special.bos,
+            eos_token_ids=special.eos,
+            pad_token_id=special.pad,
+            add_bos_token=special.add_bos,
+        )
+        # The reference comes first and leaves only its logits: its weights and the session's are never held at once.
+        reference = reference_logits(checkpoint, spec, prompts, lambda done, total: progress("verify", done, total))
+        configure_threads(os.cpu_count() or 1, allow_spinning=False)
+        measured = run_graph(report.files[0], plan.name, llm, prompts)
+        return Built(
+            family="llm",
+            architecture=plan.architecture,
+            precision=plan.precision,
+            activations=report.activations,
+            graphs={"decoder": [file.name for file in report.files]},
+            texts=checkpoint.texts(),
+            weights=report.weights,
+            llm=llm,
+            parity=[compare(reference, measured, plan.precision, report.activations)],
+        )
