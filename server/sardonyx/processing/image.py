@@ -19,12 +19,12 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 20 << 20
 """Of an encoded picture; as many as OpenAI takes."""
 MAX_PIXELS = 40_000_000
-"""Of a picture: 120 MB when it is decoded."""
+"""Of a picture: 160 MB when it is decoded, for Pillow keeps four bytes of each."""
 _MAX_SIDE = 65_500
 """Of what is resized: no JPEG is longer."""
-_MAX_SCANS = 200
-"""Of a JPEG. Encoders write about ten. A hundred bytes make a scan, and each goes over all pixels, so a file of some
-megabytes could take minutes."""
+_MAX_SCANS = 64
+"""Of a JPEG, and of what is embedded in it. Encoders write about ten. Sixty bytes make a scan, and each goes over all
+pixels (some 50 ms for 40 million), so a file of 20 MB could take hours."""
 _START_OF_SCAN = b"\xff\xda"
 # Source: RFC 2397. Parameters may stand before ``base64``; their values are of no use here.
 _DATA_URI = re.compile(r"data:image/[a-z0-9.+-]+(?:;[a-z0-9-]+=[^;,]{1,64}){0,4};base64,", re.IGNORECASE | re.ASCII)
@@ -125,7 +125,7 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
         try:
             picture.load()
             picture.info.pop("transparency", None)
-            return picture.convert("RGB")
+            return picture if picture.mode == "RGB" else picture.convert("RGB")
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise _too_many_pixels(max_pixels) from None
         except Exception:  # Pillow's decoders share no exception
