@@ -32,7 +32,7 @@ _TASKS = {"embeddings": "feature-extraction", "reranker": "text-classification",
 _OUTPUTS = {"embeddings": "last_hidden_state", "reranker": "logits", "classifier": "logits"}
 _AXES = ("batch", "sequence")
 _MAX_ERROR = 1e-4
-"""Of the graph from the model, as a share of the largest number where that is more than 1. Float rounding is near 1e-6."""
+"""Between graph and model, as a share of the largest number where that is more than 1. Rounding makes about 1e-6."""
 _LONGEST_TRIED = 256
 """Tokens. More than the windows of local attention, which a wrong trace would widen or lose."""
 _LOUD = ("torch.onnx", "torch.export", "torch._dynamo", "transformers", "onnxscript")
@@ -159,7 +159,8 @@ def _write_graph(model: Any, path: Path, output: str, architecture: str) -> None
     import onnx_ir
     import torch
     from onnx_ir.passes.common import RemoveUnusedNodesPass
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
     sample = {name: torch.from_numpy(array) for name, array in _inputs(model, [_ids(model, 7), _ids(model, 5)]).items()}
     if hasattr(model.config, "use_cache"):
@@ -167,7 +168,8 @@ def _write_graph(model: Any, path: Path, output: str, architecture: str) -> None
     any_size = torch.export.Dim.AUTO
     shapes = {name: dict.fromkeys(range(len(_AXES)), any_size) for name in sample}
     try:
-        program = OnnxExporter().export(model, sample, config=OnnxConfig(dynamic_shapes=shapes)).program
+        exporter: Any = OnnxExporter  # has no types
+        program = exporter().export(model, sample, config=OnnxConfig(dynamic_shapes=shapes)).program
     except Exception as error:  # whatever a foreign library says of a model that it cannot trace
         raise ExportError(f"{architecture} cannot be traced by transformers: {_first_line(error)}") from error
     graph = program.graph
