@@ -18,6 +18,7 @@ from sardonyx_export.recipes.recipe import Progress
 from sardonyx_export.recipes.text_encoder import encoder_texts
 from sardonyx_export.request import ExportRequest
 from sardonyx_export.sources.model_folder import ModelFolder
+from sardonyx_export.sources.onnx_folder import find_graph, import_graph
 from sardonyx_export.sources.resolve import OpenSource
 from sardonyx_export.sources.texts import MAX_TOKENIZER_BYTES
 from sardonyx_export.stages import library_reference
@@ -49,11 +50,8 @@ class PaddedEncoderRecipe:
             )
         self._path = opened.path
         self._folder = ModelFolder(opened.path if opened.path.is_dir() else opened.path.parent)
-        self._graph = None
-        if is_ready:
-            from sardonyx_export.sources import onnx_folder
-
-            self._graph = onnx_folder.find_graph(opened.path, request.file)
+        self._is_as_published = request.pooling is None
+        self._graph = find_graph(opened.path, request.file) if is_ready else None
         self._config = self._folder.object("config.json")
         self._task = task
         self._layout: SentenceLayout | None = None
@@ -141,9 +139,7 @@ class PaddedEncoderRecipe:
 
     def _make_graph(self, folder: Path) -> PaddedGraph:
         if self._graph is not None:
-            from sardonyx_export.sources import onnx_folder
-
-            return onnx_folder.import_graph(self._graph, folder)
+            return import_graph(self._graph, folder)
         # Imported here: torch takes seconds, and is needed by this way only.
         from sardonyx_export.traced import export_traced
 
@@ -210,7 +206,7 @@ class PaddedEncoderRecipe:
         max_tokens: int,
     ) -> tuple[str, list[Array]]:
         found = None
-        if self._path.is_dir() and any(self._path.glob("*.safetensors")):
+        if self._is_as_published and self._path.is_dir() and any(self._path.glob("*.safetensors")):
             if self._layout is not None:
                 found = library_reference.sentence_embeddings(
                     self._path, [texts for _, texts, _ in batches], max_tokens

@@ -56,6 +56,7 @@ class TextEncoderRecipe:
         assert opened.checkpoint is not None
         self._checkpoint: Checkpoint = opened.checkpoint
         self._path = opened.path
+        self._is_as_published = request.pooling is None
         self._embeddings: Embeddings | None = None
         self._labels: Labels | None = None
         self._lowercases = False
@@ -143,6 +144,8 @@ class TextEncoderRecipe:
             expected.append(reference[start : start + len(batch)])
             start += len(batch)
         parity = self._compare(REFERENCE, [what for what, _, _ in batches], expected, measured)
+        if self._embeddings is not None and not self._is_as_published:
+            return parity  # the library would pool as it does by default
         if self._embeddings is not None:
             found = library_reference.sentence_embeddings(
                 self._path, [texts for _, texts, _ in batches], rows.max_tokens
