@@ -4,6 +4,7 @@ A graph comes from whoever published it. Its external data is copied under plain
 folder, and it is opened in the server's own session, with the checks that serving has.
 """
 
+import mmap
 import re
 import shutil
 from collections import Counter
@@ -11,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import google.protobuf.message
 import msgspec
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 
 from sardonyx.errors import ConfigError, EngineError
 from sardonyx.runtime.external_data import check_external_data, external_data
@@ -117,12 +118,13 @@ def import_graph(graph: Path, folder: Path) -> PaddedGraph:
 
 def _copy(graph: Path, folder: Path) -> list[str]:
     """Copy the files. Returns the names of the data files."""
-    root = texts.trusted_root(graph.parent)
+    model_folder = graph.parent.parent if graph.parent.name == _FOLDERS[1] else graph.parent
+    root = texts.trusted_root(model_folder)
     source = texts.inside(root, graph)
     try:
         shutil.copyfile(source, folder / MODEL_FILE)
         # As a copy that nobody else writes to, so that what was checked is what is opened.
-        locations = sorted({entry.location for entry in external_data((folder / MODEL_FILE).read_bytes())})
+        locations = _data_files(folder / MODEL_FILE)
         for location in locations:
             if not _DATA_FILE.fullmatch(location) or location.lower().endswith(_TAKEN_SUFFIXES):
                 raise ExportError(
@@ -134,9 +136,16 @@ def _copy(graph: Path, folder: Path) -> list[str]:
         raise
     except ConfigError as error:
         raise ExportError(error.reason, file=graph.name) from error
+    except ValueError as error:  # mmap of an empty file
+        raise ExportError("is empty", file=graph.name) from error
     except OSError as error:
         raise ExportError(f"cannot be copied: {error.strerror}", file=graph.name) from error
     return locations
+
+
+def _data_files(path: Path) -> list[str]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return sorted({entry.location for entry in external_data(data)})
 
 
 def _check_inputs(session: Session, file: str) -> None:
@@ -202,7 +211,7 @@ def _weights(path: Path) -> tuple[Literal["fp32", "fp16", "int8"], str]:
     """The narrowest type that matrices are stored in, 8 bits standing for fewer as well, and what to say of them."""
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except google.protobuf.message.DecodeError as error:
+    except DecodeError as error:
         raise ExportError("is not an ONNX model", file=path.name) from error
     counts: Counter[str] = Counter()
     for tensor in _tensors(model.graph):
