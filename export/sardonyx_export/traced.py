@@ -158,7 +158,7 @@ def _check_model(model: Any, missing: Sequence[str], task: Task) -> None:
 def _write_graph(model: Any, path: Path, output: str, architecture: str) -> None:
     import onnx_ir
     import torch
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
@@ -178,6 +178,7 @@ def _write_graph(model: Any, path: Path, output: str, architecture: str) -> None
         raise ExportError(f"{architecture} gives {', '.join(value.name for value in graph.outputs)}, but no {output}")
     graph.outputs[:] = kept
     RemoveUnusedNodesPass()(program)
+    ClearMetadataAndDocStringPass()(program)  # which hold this machine's paths, node by node
     for value in graph.inputs:
         if value.name not in sample:
             raise ExportError(f"the trace of {architecture} takes an unknown input {value.name!r}")

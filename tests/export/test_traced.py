@@ -70,6 +70,7 @@ def test_encoder_becomes_a_padded_graph_of_token_vectors(tmp_path: Path) -> None
     rows = ["batch", "sequence"]
     names = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), rows)
     assert signature(tmp_path / "v" / "model.onnx") == names | {"last_hidden_state": [*rows, HIDDEN_SIZE]}
+    assert b"site-packages" not in (tmp_path / "v" / "model.onnx").read_bytes()
     outputs = torch_outputs(tmp_path / "m", "embeddings", ROWS)
     assert [each.shape for each in outputs] == [(len(row), HIDDEN_SIZE) for row in ROWS]
 
