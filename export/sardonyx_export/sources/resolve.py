@@ -22,7 +22,7 @@ _PYPI = re.compile(
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 _QUANT_SUFFIX = re.compile(r"[.-](?:I?Q\d\w*|F16|F32|BF16|MXFP4\w*|TQ\d_\d)$", re.IGNORECASE)
-_GENERIC_STEMS = {"model", "ggml-model", "weights", "unsloth"}
+_GENERIC_STEMS = {"model", "data", "ggml-model", "weights", "unsloth"}
 _MAX_NAME_LENGTH = 64
 _READY = ("*.onnx", "onnx/*.onnx", "*.joblib")
 """What a folder without weights may hold instead."""

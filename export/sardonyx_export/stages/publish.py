@@ -87,12 +87,14 @@ def write_version(folder: Path, opened: OpenSource, plan: Plan, built: Built) ->
 def config_text(plan: Plan, built: Built) -> str:
     """config.pbtxt for a model that has none yet."""
     text = _HEADER.format(name=plan.name)
-    if built.family == "llm":
-        text += _LANGUAGE_MODEL.format(max_model_len=plan.max_model_len)
+    if built.llm is not None:
+        text += _LANGUAGE_MODEL.format(max_model_len=built.llm.max_model_len)
+    elif built.encoder is not None:
+        text += _ENCODER.format(max_model_len=built.encoder.max_model_len)
     else:
-        text += _IMAGES if built.family == "image_classifier" else _ENCODER.format(max_model_len=plan.max_model_len)
-        text += _EMBEDDINGS if built.family == "embeddings" else ""
-        text += _MODERATION if built.family in {"classifier", "image_classifier"} else ""
+        text += _IMAGES
+    text += _EMBEDDINGS if built.family == "embeddings" else ""
+    text += _MODERATION if built.family in {"classifier", "image_classifier"} else ""
     for key, value in built.config_parameters.items():
         text += f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
     return text

@@ -21,7 +21,7 @@ def test_one_bad_row_is_enough_to_refuse():
     bad = ONE + np.array([[0.0, 0.0], [0.5, 0.0]], np.float32)
     with pytest.raises(ExportError, match=r"cosine 0\.97014 with itself; fp32 has to keep 0\.9999"):
         compare_embeddings(ONE, bad, "fp32", "itself")
-    with pytest.raises(ExportError, match="int8 has to keep 0.99"):
+    with pytest.raises(ExportError, match=r"int8 has to keep 0\.99"):
         compare_embeddings(ONE, bad, "int8", "itself")
 
 
