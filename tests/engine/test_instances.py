@@ -1,6 +1,8 @@
 import contextlib
 import itertools
+import os
 import random
+import sys
 import threading
 import time
 
@@ -11,6 +13,7 @@ from sardonyx.engine.dynamic import DynamicOptions, DynamicPolicy, QueuePolicy
 from sardonyx.engine.instances import InstanceLoop
 from sardonyx.engine.sequences import SequenceOptions, SequencePolicy
 from sardonyx.errors import EngineDead, EngineError, InvalidRequest, ModelNotReady, Overloaded, RequestAborted
+from sardonyx.runtime.priority import MODEST_NICENESS
 
 TIMEOUT_S = 20.0
 STOPPING = "Server is stopping, scheduler for model has stopped accepting new inference requests"
@@ -676,3 +679,27 @@ def test_every_request_gets_one_event_with_aborts_failures_and_a_close_in_the_mi
         for mine in taken:
             ran = [e.request_id for e in bench.inbox.events if e.executed_batch_size and e.request_id in set(mine)]
             assert ran == [each for each in mine if each in set(ran)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own elsewhere")
+def test_modest_instances_leave_the_processor_to_the_others():
+    niceness = {}
+
+    inbox, gate = Inbox(), Gate(num_instances=2)
+
+    def on_step(batch, instance):
+        niceness[instance] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        gate(batch, instance)
+
+    policy = DynamicPolicy("m", DynamicOptions(max_batch_size=1))
+    loop = InstanceLoop("m", policy, FakeTensorRunner(on_step), inbox, num_instances=2, num_modest=1)
+    loop.start()
+    loop.submit(make_request(1))
+    loop.submit(make_request(2))
+    for instance in range(2):
+        gate.wait(instance)
+        gate.open(instance)
+    inbox.wait_for(1, 2)
+    loop.close()
+    normal = os.getpriority(os.PRIO_PROCESS, 0)
+    assert niceness == {0: min(normal + MODEST_NICENESS, 19), 1: normal}

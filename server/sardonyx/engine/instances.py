@@ -23,6 +23,7 @@ import msgspec
 from sardonyx.engine.ledger import Ledger
 from sardonyx.engine.tensor_policy import TensorPolicy as TensorPolicy
 from sardonyx.errors import EngineDead, EngineError, InvalidRequest, ModelNotReady, RequestAborted, ServeError
+from sardonyx.runtime.priority import be_modest
 from sardonyx.tensors import InferenceTimes, TensorBatch, TensorEvent, TensorOutput, TensorRequest, TensorRunner
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class InstanceLoop:
         deliver: called with the events of a step or of a refusal, mostly in an instance's thread, but in the caller's
             for what `abort` and `close` end; never in two threads at once. It must return at once and never raise.
         num_instances: threads; the runner's instances are numbered from 0.
+        num_modest: threads of the first so many instances leave the processor to others, see `runtime.priority`.
         is_quick: steps are over in a moment: `submit` only queues, and `run_ready` must follow.
         clock: monotonic seconds.
         max_failed_steps: so many steps failed one after the other are a broken runner, not bad luck: the loop dies.
@@ -70,6 +72,7 @@ class InstanceLoop:
         deliver: Callable[[list[TensorEvent]], None],
         *,
         num_instances: int = 1,
+        num_modest: int = 0,
         is_quick: bool = False,
         clock: Callable[[], float] = time.monotonic,
         max_failed_steps: int | None = 5,
@@ -80,6 +83,7 @@ class InstanceLoop:
         self._deliver = deliver
         self._clock = clock
         self._max_failed_steps = max_failed_steps
+        self._num_modest = num_modest
         self.is_quick = is_quick
         self._threads = [
             threading.Thread(target=self._run, args=(i,), name=f"instance-{name}-{i}", daemon=True)
@@ -233,6 +237,8 @@ class InstanceLoop:
 
     def _run(self, instance: int) -> None:
         try:
+            if instance < self._num_modest:
+                be_modest()
             while (turn := self._next(instance)) is not None:
                 self._step(instance, *turn)
         except Exception:

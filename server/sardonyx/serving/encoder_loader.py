@@ -18,6 +18,7 @@ from sardonyx.repository.encoder_config import EncoderOptions, encoder_options
 from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
 from sardonyx.repository.manifest import Encoder, Manifest, all_files
 from sardonyx.runners.encoder import EncoderGraphs, EncoderRunner
+from sardonyx.runtime.priority import in_modest_thread
 from sardonyx.runtime.session import SessionConfig, open_session
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.classifier import TextClassifier
@@ -135,7 +136,8 @@ class EncoderLoader:
         """Instances that run; `undo` closes what was opened until then.
 
         As with tensor models (see `tensor_sessions.SessionOpener`), the instances on the CPU share a session and divide
-        its threads, and runs that are alone have a session with all of them.
+        its threads, and runs that are alone have a session with all of them. All but the express instance leave the
+        processor to others, so that a short call is soon through, and so is the event loop.
         """
         assert manifest.encoder is not None
         num_instances = options.num_instances or min(2, self._num_threads)
@@ -151,7 +153,8 @@ class EncoderLoader:
         shared = open_all(max(1, self._num_threads // num_instances))
         runner = EncoderRunner([shared] * (num_instances + NUM_EXPRESS), manifest.encoder)
         if num_instances > 1 and self._num_threads > 1 and facts.size_bytes <= MAX_WIDE_BYTES:
-            runner.use_alone(open_all(self._num_threads))
+            # Its threads have the priority of those who open it.
+            runner.use_alone(in_modest_thread(lambda: open_all(self._num_threads)))
         runner.warm_up()
         policy = TokenBudgetPolicy(facts.name, self._policy_options(options, num_instances))
         loop = InstanceLoop(
@@ -160,6 +163,7 @@ class EncoderLoader:
             runner,
             inbox.deliver,
             num_instances=num_instances + NUM_EXPRESS,
+            num_modest=num_instances,
             # A processor is not lost for good: where steps fail, it is for what callers sent.
             max_failed_steps=None,
         )
