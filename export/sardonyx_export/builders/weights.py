@@ -92,6 +92,19 @@ class WeightWriter:
             raise ExportError(f"has {num_values} values; the configuration asks for {size}", field=names[0])
         return self._graph.weight(names[0], np.float32, (size,), pieces)
 
+    def array(self, name: str, shape: tuple[int, ...]) -> str:
+        """A tensor as it is, in float32: a convolution's weights.
+
+        Raises:
+            ExportError: it is missing, or the configuration asks for another shape.
+        """
+        tensor = self._checkpoint.tensor(name)
+        if tensor.shape != shape:
+            raise ExportError(f"is {tensor.shape}; the configuration asks for {shape}", field=name)
+        self._used.add(name)
+        self._account(tensor.storage, "fp32")
+        return self._graph.weight(name, np.float32, shape, [self._read(tensor)])
+
     def bits(self, names: Sequence[str], kind: MatrixKind) -> int:
         """Bits that a stack of tensors gets: those of `kind`, but 8 instead of 4 where its source has more."""
         bits = _BITS[kind]
