@@ -11,7 +11,23 @@ from sardonyx_export.whisper_spec import WhisperSpec
 
 ARCHITECTURE = "WhisperForConditionalGeneration"
 
-_TRAINING = ["activation_dropout", "attention_dropout", "dropout", "encoder_layerdrop", "decoder_layerdrop", "init_std", "apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_time_min_masks", "mask_feature_prob", "mask_feature_length", "mask_feature_min_masks", "use_weighted_layer_sum", "classifier_proj_size"]  # fmt: skip
+_TRAINING = [
+    "activation_dropout",
+    "attention_dropout",
+    "dropout",
+    "encoder_layerdrop",
+    "decoder_layerdrop",
+    "init_std",
+    "apply_spec_augment",
+    "mask_time_prob",
+    "mask_time_length",
+    "mask_time_min_masks",
+    "mask_feature_prob",
+    "mask_feature_length",
+    "mask_feature_min_masks",
+    "use_weighted_layer_sum",
+    "classifier_proj_size",
+]
 _GENERATION = ["suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "median_filter_width"]
 """How texts are searched for: read from the tokenizer and ``generation_config.json`` instead."""
 
