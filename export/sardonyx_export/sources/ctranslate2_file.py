@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sardonyx_export.errors import ExportError
+from sardonyx_export.sources.plain_values import read_values
 
 MODEL_FILE = "model.bin"
 
@@ -29,8 +30,6 @@ _VERSION = 6
 """Of the binary format. Older ones lack the types or the aliases."""
 _MAX_VARIABLES = 100_000
 _MAX_RANK = 8
-_CHUNK_BYTES = 32 << 20
-"""What is read at once: conversion needs this much besides the result."""
 _STORAGES = {0: ("F32", "<f4"), 1: ("I8", "<i1"), 2: ("I16", "<i2"), 3: ("I32", "<i4"), 4: ("F16", "<f2")}
 _DTYPES = dict(_STORAGES.values())
 _SCALE_SUFFIX = "_scale"
@@ -61,18 +60,8 @@ class CTranslate2Tensor:
         """
         if self.storage not in ("F32", "F16") and self.scale is None:
             raise ExportError(f"is stored as {self.storage}, not as a float", file=self.path.name, field=self.name)
-        dtype = np.dtype(_DTYPES[self.storage])
-        out = np.empty(math.prod(self.shape), np.float32)
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            step = _CHUNK_BYTES // dtype.itemsize
-            for start in range(0, out.size, step):
-                stop = min(start + step, out.size)
-                data = file.read((stop - start) * dtype.itemsize)
-                if len(data) != (stop - start) * dtype.itemsize:
-                    raise ExportError("ended early while it was read", file=self.path.name, field=self.name)
-                out[start:stop] = np.frombuffer(data, dtype)
-        values = out.reshape(self.shape)
+        dtype = _DTYPES[self.storage]
+        values = read_values(self.path, self.name, offset=self.offset, shape=self.shape, dtype=dtype)
         if self.scale is not None:
             values /= self.scale.read().reshape(-1, *[1] * (values.ndim - 1))
         return values

@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sardonyx_export.errors import ExportError
+from sardonyx_export.sources.plain_values import read_values
 
 MAX_HEADER_BYTES = 32 << 20
 """A model of 100,000 tensors needs some 12 MB. The reference implementation takes 100 MB, which parses into 1 GB."""
-_CHUNK_BYTES = 32 << 20
-"""What is read at once: conversion needs this much besides the result."""
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -60,25 +59,21 @@ class SafetensorsTensor:
         """
         if self.storage not in _READABLE:
             raise ExportError(f"is stored as {self.storage}, not as a float", file=self.path.name, field=self.name)
-        dtype = np.dtype(_READABLE[self.storage])
-        out = np.empty(math.prod(self.shape), np.float32)
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            step = _CHUNK_BYTES // dtype.itemsize
-            for start in range(0, out.size, step):
-                stop = min(start + step, out.size)
-                data = file.read((stop - start) * dtype.itemsize)
-                if len(data) != (stop - start) * dtype.itemsize:
-                    raise ExportError("ended early while it was read", file=self.path.name, field=self.name)
-                values = np.frombuffer(data, dtype)
-                if self.storage == "BF16":
-                    out[start:stop] = (values.astype(np.uint32) << 16).view(np.float32)
-                else:
-                    out[start:stop] = values
-        return out.reshape(self.shape)
+        return read_values(
+            self.path,
+            self.name,
+            offset=self.offset,
+            shape=self.shape,
+            dtype=_READABLE[self.storage],
+            convert=_widen_bfloat16 if self.storage == "BF16" else lambda values: values,
+        )
 
     def blocks(self) -> npt.NDArray[np.uint8]:
         raise ValueError(f"{self.name} is stored as {self.storage}, which has no blocks")
+
+
+def _widen_bfloat16(values: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    return (values.astype(np.uint32) << 16).view(np.float32)
 
 
 def read_header(path: Path) -> dict[str, SafetensorsTensor]:

@@ -26,7 +26,7 @@ class TokenBudgetOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Instances for short calls, numbered behind the ordinary ones."""
     express_tokens: int = 32
     """Of a step of an express instance, and so of the items that it takes. A sentence; where it was 128, a sentence
-    that found each instance busy with 100 tokens waited for them, and its p99 under load was 1.3 to 5 times as long."""
+    that found each instance busy with 100 tokens waited for them, and its p99 under load was 1.3 to 7 times as long."""
     max_queue_delay_s: float = 0.0
     """How long the oldest item waits for a full step while an instance is free."""
 

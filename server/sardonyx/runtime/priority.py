@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 MODEST_NICENESS = 5
 """About a third of the weight that the scheduler gives to threads of normal priority. Of single sentences among longer
-texts, on two shared cores: p99 20 ms instead of 30 to 50 ms, longer texts as before; 10 was no better."""
+texts, on two shared cores: p99 18 to 31 ms instead of 31 to 55 ms, longer texts as before; 10 was no better."""
 _MOST_NICE = 19
 
 
