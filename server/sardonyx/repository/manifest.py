@@ -181,6 +181,54 @@ class ImageInput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     has_jpeg_round_trip: bool = False
 
 
+class Whisper(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the family whisper adds: three graphs over one window of sound, and the tokens that steer the decoder.
+
+    B windows or rows, M mel bands, F frames, P = F / 2 positions, T packed tokens, A alignment heads; H heads of size D
+    are those of `kv`.
+
+    encoder: mel (B, M, F) float32 -> for each decoder layer i cross.{i}.key (B, H, D, P), cross.{i}.value (B, H, P, D).
+
+    decoder: the packed-step contract with position_ids (T), and cross.{i}.key, cross.{i}.value of the row's window.
+
+    aligner: input_ids (1, S) int64, cross.{i}.key, cross.{i}.value with B = 1 -> attention (A, S, P) float32, the heads'
+    scaled products before the softmax in the order of `alignment_heads`; logprobs (S - 1) float32, of each token given
+    those before it, among the tokens below `end_id`.
+    """
+
+    vocab_size: Count
+    """Width of the logits; the tokenizer may know fewer: timestamps need no names."""
+    max_model_len: Count
+    """Tokens of a window, prompt and result together."""
+    num_mels: Count
+    num_frames: Count
+    """Of a window, 100 a second."""
+    kv: KvLayout
+    """Of the decoder's own cache."""
+    start_id: TokenId
+    """``<|startoftranscript|>``."""
+    end_id: TokenId
+    """``<|endoftext|>``: every token below it is text."""
+    previous_id: TokenId
+    """``<|startofprev|>``, in front of the text before the window."""
+    no_speech_id: TokenId
+    """``<|nospeech|>``, in older files ``<|nocaptions|>``."""
+    no_timestamps_id: TokenId
+    timestamp_begin_id: TokenId
+    """``<|0.00|>``; those after it are 20 ms apart."""
+    transcribe_id: TokenId | None = None
+    """``None`` in English-only models, which take neither a language nor a task."""
+    translate_id: TokenId | None = None
+    language_ids: dict[str, TokenId] = {}
+    """``en`` -> ``<|en|>``; empty in English-only models."""
+    suppress_ids: list[TokenId] = []
+    """Never a result: signs that are no speech, and all special tokens but `end_id` and timestamps."""
+    begin_suppress_ids: list[TokenId] = []
+    """Never the first of a result: a lone space, and `end_id`."""
+    alignment_heads: list[Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=2, max_length=2)]] = []
+    """Layer and head of the cross-attention that follows the sound; none: there is no graph ``aligner``."""
+
+
 Family = Literal["llm", "embeddings", "reranker", "classifier", "image_classifier", "whisper", "diffusion"]
 
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -189,10 +237,17 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "reranker": ("encoder", "labels"),
     "classifier": ("encoder", "labels"),
     "image_classifier": ("image", "labels"),
+    "whisper": ("whisper",),
 }
 """Fields that a family has to have."""
-_MAIN_GRAPH = {"llm": "decoder", "embeddings": "encoder", "reranker": "encoder", "classifier": "encoder"}
-"""The graph that a family has to have; the others' is ``model``."""
+_GRAPHS: dict[str, tuple[str, ...]] = {
+    "llm": ("decoder",),
+    "embeddings": ("encoder",),
+    "reranker": ("encoder",),
+    "classifier": ("encoder",),
+    "whisper": ("encoder", "decoder"),
+}
+"""The graphs that a family has to have; the others' is ``model``."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -206,7 +261,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What quantised matrix products make of their other operand: keep it, round it in blocks, or by row."""
     target: Literal["cpu", "cuda"] = "cpu"
     graphs: dict[str, Graph]
-    """By role: ``decoder``, ``encoder``, ``head``, ``model``."""
+    """By role: ``decoder``, ``encoder``, ``head``, ``aligner``, ``model``."""
     files: list[GraphFile] = []
     """Everything else in the folder: tokenizer.json, chat_template.jinja, generation_config.json ..."""
     source: Source
@@ -220,6 +275,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Present when family is ``reranker``, ``classifier`` or ``image_classifier``."""
     image: ImageInput | None = None
     """Present when family is ``image_classifier``."""
+    whisper: Whisper | None = None
+    """Present when family is ``whisper``."""
     parity: list[Parity] = []
     tools: dict[str, str] = {}
     """Package versions that wrote this."""
@@ -269,9 +326,12 @@ def _check_family(manifest: Manifest, file: str) -> None:
     for field in _REQUIRED[manifest.family]:
         if getattr(manifest, field) is None:
             raise ConfigError(f"is missing although family is {manifest.family}", file=file, field=field)
-    role = _MAIN_GRAPH.get(manifest.family, "model")
-    if role not in manifest.graphs:
-        raise ConfigError(f"needs {'an' if role == 'encoder' else 'a'} {role}", file=file, field="graphs")
+    needed = _GRAPHS.get(manifest.family, ("model",))
+    if manifest.whisper is not None and manifest.whisper.alignment_heads:
+        needed = (*needed, "aligner")
+    for role in needed:
+        if role not in manifest.graphs:
+            raise ConfigError(f"needs {'an' if role[0] in 'ae' else 'a'} {role}", file=file, field="graphs")
     labels, encoder = manifest.labels, manifest.encoder
     if labels is not None and not labels.names:
         raise ConfigError("is empty", file=file, field="labels.names")
