@@ -191,8 +191,8 @@ class Whisper(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     decoder: the packed-step contract with position_ids (T), and cross.{i}.key, cross.{i}.value of the row's window.
 
-    aligner: input_ids (1, S) int64, cross.{i}.key, cross.{i}.value with B = 1 -> attention (A, S, P) float32, the heads'
-    scaled products before the softmax in the order of `alignment_heads`; logprobs (S - 1) float32, of each token given
+    aligner: input_ids (1, S) int64, cross.{i}.key, cross.{i}.value with B = 1 -> attention (A, S, P) float32, the
+    scaled products before the softmax of the heads in `alignment_heads`; logprobs (S - 1) float32, of each token given
     those before it, among the tokens below `end_id`.
     """
 
