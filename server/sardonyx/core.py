@@ -10,8 +10,9 @@ Shape letters, used in every docstring of the project:
 """
 
 import enum
+from collections.abc import Sized
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -216,13 +217,32 @@ class RunnerLimits:
     vocab_size: int
 
 
-class Runner(Protocol):
+class AnyBatch(Protocol):
+    """What a step loop counts of the batches that its policy and its runner exchange."""
+
+    @property
+    def rows(self) -> Sized: ...
+
+    @property
+    def num_tokens(self) -> int:
+        """T of the step."""
+        ...
+
+
+B = TypeVar("B", bound=AnyBatch)
+B_contra = TypeVar("B_contra", bound=AnyBatch, contravariant=True)
+O = TypeVar("O")  # noqa: E741 - an output, as B is a batch
+O_co = TypeVar("O_co", covariant=True)
+O_contra = TypeVar("O_contra", contravariant=True)
+
+
+class Runner(Protocol[B_contra, O_co]):
     """Executes batches of one family on one device. Used by one thread."""
 
     @property
     def limits(self) -> RunnerLimits: ...
 
-    def execute(self, batch: Batch) -> StepOutput:
+    def execute(self, batch: B_contra) -> O_co:
         """Run one step.
 
         Raises:

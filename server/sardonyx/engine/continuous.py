@@ -4,7 +4,6 @@ Floor 3. Decides what a step computes and what its outcome means for each sequen
 `ContinuousPolicy.add` to its last event, and knows neither tensors nor threads nor what time it is.
 """
 
-import heapq
 import math
 
 import msgspec
@@ -21,6 +20,7 @@ from sardonyx.core import (
     TokenLogprobs,
 )
 from sardonyx.engine.chunks import ChunkLimits, divide_chunks
+from sardonyx.engine.deadlines import Deadlines
 from sardonyx.engine.roster import Roster
 from sardonyx.engine.stats import PolicyStats
 from sardonyx.engine.step_cost import StepCost, StepLoad
@@ -66,7 +66,7 @@ class ContinuousPolicy:
         self._limits = limits
         self._options = options
         self._roster = Roster(limits, max_num_seqs, options.kv_budget_tokens)
-        self._deadlines: list[tuple[float, str, str]] = []
+        self._deadlines = Deadlines(self._roster.get)
         self._events: list[SequenceEvent] = []
         self._cost = StepCost()
         self._load = StepLoad()
@@ -91,12 +91,8 @@ class ContinuousPolicy:
 
     def add(self, sequence: Sequence) -> None:
         """Take over a new sequence whose request passed `check`."""
-        request = sequence.request
         self._roster.add(sequence)
-        if request.deadline_s is not None:
-            heapq.heappush(self._deadlines, (request.deadline_s, request.id, "deadline"))
-        if request.start_by_s is not None:
-            heapq.heappush(self._deadlines, (request.start_by_s, request.id, "queue"))
+        self._deadlines.add(sequence.request)
 
     def abort(self, request_id: str) -> None:
         """End a sequence as CANCELLED and free its slot. Unknown and ended ones are ignored."""
@@ -118,22 +114,11 @@ class ContinuousPolicy:
             A batch of at least one row that respects `RunnerLimits`; `update` or `fail` must follow.
         """
         self._scheduled_s = now_s
-        self._expire(now_s)
+        for sequence, what in self._deadlines.late(now_s):
+            self._end(sequence, FinishReason.CANCELLED, what)
         copies = self._roster.settle(now_s)
         rows = self._choose_rows(now_s)
         return Batch(rows, copies) if rows else None
-
-    def _expire(self, now_s: float) -> None:
-        while self._deadlines and self._deadlines[0][0] < now_s:
-            time_s, request_id, what = heapq.heappop(self._deadlines)
-            sequence = self._roster.get(request_id)
-            if sequence is None:
-                continue
-            request = sequence.request
-            # The times are compared because an ended request's id may have come again, with others.
-            is_late = request.deadline_s == time_s if what == "deadline" else request.start_by_s == time_s
-            if is_late and (what == "deadline" or sequence.started_s is None):
-                self._end(sequence, FinishReason.CANCELLED, what)
 
     def _choose_rows(self, now_s: float) -> list[BatchRow]:
         rows, prompts, num_past = [], [], 0

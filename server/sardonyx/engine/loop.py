@@ -12,18 +12,18 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol
 
 import msgspec
 
-from sardonyx.core import Batch, FinishReason, Request, Runner, Sequence, SequenceEvent, StepOutput
+from sardonyx.core import AnyBatch, B, FinishReason, O, O_contra, Request, Runner, Sequence, SequenceEvent
 from sardonyx.engine.stats import STEP_S_BOUNDS, LoopStats, PolicyStats
 from sardonyx.errors import EngineDead, EngineError, InvalidRequest
 
 logger = logging.getLogger(__name__)
 
 
-class Policy(Protocol):
+class Policy(Protocol[B, O_contra]):
     """Decides what the next step is. Used by the loop's thread only, but for `check`.
 
     The loop calls ``schedule``, then, if that gave a batch, ``update`` or ``fail``, then ``take_events``; ``add`` and
@@ -46,15 +46,15 @@ class Policy(Protocol):
         """End a sequence as CANCELLED; unknown and ended ones are ignored."""
         ...
 
-    def schedule(self, now_s: float) -> Batch | None:
+    def schedule(self, now_s: float) -> B | None:
         """The next step, or ``None`` when there is nothing to run until the next `add`."""
         ...
 
-    def update(self, batch: Batch, output: StepOutput, now_s: float) -> None:
+    def update(self, batch: B, output: O_contra, now_s: float) -> None:
         """The step is done."""
         ...
 
-    def fail(self, batch: Batch, error: str) -> None:
+    def fail(self, batch: B, error: str) -> None:
         """The step failed; `error` may be shown to callers."""
         ...
 
@@ -76,7 +76,7 @@ class _Steps:
     step_s_sum: float = 0.0
     step_s_counts: list[int] = field(default_factory=lambda: [0] * (len(STEP_S_BOUNDS) + 1))
 
-    def count(self, batch: Batch, step_s: float, *, has_failed: bool) -> None:
+    def count(self, batch: AnyBatch, step_s: float, *, has_failed: bool) -> None:
         self.num_steps += 1
         self.num_failed_steps += has_failed
         self.last_step_s = step_s
@@ -87,7 +87,7 @@ class _Steps:
         self.step_s_counts[bisect_left(STEP_S_BOUNDS, step_s)] += 1
 
 
-class StepLoop:
+class StepLoop(Generic[B, O]):
     """Runs one model's steps in a thread of its own; blocks without waking up while there is no work.
 
     Args:
@@ -102,8 +102,8 @@ class StepLoop:
     def __init__(
         self,
         name: str,
-        policy: Policy,
-        runner: Runner,
+        policy: Policy[B, O],
+        runner: Runner[B, O],
         deliver: Callable[[list[SequenceEvent]], None],
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -248,7 +248,7 @@ class StepLoop:
         if self._num_failed_in_a_row >= self._max_failed_steps:
             raise EngineDead(f"{self._num_failed_in_a_row} steps failed one after the other")
 
-    def _execute(self, batch: Batch) -> EngineError | None:
+    def _execute(self, batch: B) -> EngineError | None:
         try:
             output = self._runner.execute(batch)
         except EngineError as error:
@@ -258,7 +258,7 @@ class StepLoop:
         self._policy.update(batch, output, self._clock())
         return None
 
-    def _publish(self, batch: Batch | None = None, start_s: float = 0.0, *, has_failed: bool = False) -> None:
+    def _publish(self, batch: AnyBatch | None = None, start_s: float = 0.0, *, has_failed: bool = False) -> None:
         """Renew what `stats` shows; with a batch, count its step."""
         policy_stats, now_s = self._policy.stats(), self._clock()
         with self._changed:
