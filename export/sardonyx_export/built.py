@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from sardonyx.repository.manifest import Embeddings, Encoder, Family, ImageInput, Labels, LanguageModel, Parity
+from sardonyx.repository.manifest import Embeddings, Encoder, Family, ImageInput, Labels, LanguageModel, Parity, Whisper
 
 
 class Built(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +29,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     embeddings: Embeddings | None = None
     labels: Labels | None = None
     image: ImageInput | None = None
+    whisper: Whisper | None = None
     parity: list[Parity]
     """At least one: nothing is published unverified."""
     config_parameters: dict[str, str] = {}

@@ -41,7 +41,9 @@ def run(
     *,
     repository: Path = Path("model_repository"),
     name: str | None = None,
-    task: Literal["auto", "text-generation", "embeddings", "reranker", "classifier", "image-classifier"] = "auto",
+    task: Literal[
+        "auto", "text-generation", "embeddings", "reranker", "classifier", "image-classifier", "transcription"
+    ] = "auto",
     precision: Literal["auto", "fp32", "int8", "int4"] = "auto",
     activations: Literal["auto", "fp32", "int8", "int8_rows"] = "auto",
     max_model_len: int | None = None,
@@ -61,7 +63,7 @@ def run(
         name: of the model. By default the source's, in small letters and without what says how it was quantised.
         task: what the model is for. auto: as its architecture and files say.
         precision: of the weights. auto: of a language model int4 where the source has 4 bits already, else int8; of all
-            others fp32. Encoders have fp32 and int8.
+            others fp32. Encoders and speech models have fp32 and int8.
         activations: what matrix products with quantised weights do to their other operand. fp32 keeps it, int8 rounds
             it in blocks, which is faster, int8_rows by row, which is faster still, less exact and for precision int8
             only. auto: fp32 where the source's own 4-bit blocks are kept, else int8.
@@ -113,7 +115,7 @@ def _agreement(parity: Parity) -> str:
         return f"Agrees with the source: {said}"
     if parity.min_cosine is not None:
         return f"Agrees with {parity.reference}: cosine {parity.min_cosine:.5f}"
-    return f"Agrees with {parity.reference}: scores differ by {parity.max_abs_error:.2g} at most"
+    return f"Agrees with {parity.reference}: numbers differ by {parity.max_abs_error:.2g} at most"
 
 
 def _export(request: ExportRequest, console: Console) -> ExportResult:

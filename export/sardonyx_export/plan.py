@@ -13,13 +13,14 @@ from sardonyx_export.errors import ExportError
 Precision = Literal["fp32", "int8", "int4"]
 Target = Literal["cpu"]
 Activations = Literal["fp32", "int8", "int8_rows"]
-Task = Literal["text-generation", "embeddings", "reranker", "classifier", "image-classifier"]
+Task = Literal["text-generation", "embeddings", "reranker", "classifier", "image-classifier", "transcription"]
 FAMILY_OF_TASK: dict[Task, Family] = {
     "text-generation": "llm",
     "embeddings": "embeddings",
     "reranker": "reranker",
     "classifier": "classifier",
     "image-classifier": "image_classifier",
+    "transcription": "whisper",
 }
 
 _BYTES_PER_WEIGHT = {"fp32": 4.0, "int8": 1.125, "int4": 0.625}

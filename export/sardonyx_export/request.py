@@ -112,7 +112,7 @@ def _usable_manifest(entry: ModelEntry, version: int) -> Manifest | None:
 
 
 def _is_wanted(manifest: Manifest, request: ExportRequest, uri: str) -> bool:
-    limited = manifest.llm or manifest.encoder
+    limited = manifest.llm or manifest.encoder or manifest.whisper
     built_len = limited.max_model_len if limited else None
     pooling = manifest.embeddings.pooling if manifest.embeddings else None
     return (

@@ -32,12 +32,15 @@ class GraphWriter:
     Args:
         folder: where the two files go; it exists and holds neither.
         file_name: of the graph; the data file's is this and ``.data``.
+        lender: a graph of the same folder that holds all weights of this one under the same names, so that both have
+            one data file. ``None``: this graph has its own.
     """
 
-    def __init__(self, folder: Path, file_name: str = MODEL_FILE) -> None:
+    def __init__(self, folder: Path, file_name: str = MODEL_FILE, *, lender: "GraphWriter | None" = None) -> None:
         self._path = folder / file_name
-        self._data_path = folder / f"{file_name}.data"
-        self._data = self._data_path.open("xb")
+        self._lender = lender
+        self._data_path = folder / f"{file_name}.data" if lender is None else lender._data_path
+        self._data = self._data_path.open("xb" if lender is None else "rb")
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -97,10 +100,16 @@ class GraphWriter:
             dtype: numpy's type of the whole.
             shape: of the whole.
             pieces: row-major parts in order, together exactly `shape`; each is written before the next is asked for.
+                Where the weight is lent, none is asked for.
         """
         assert name not in self._initializers, name
         dtype = np.dtype(dtype)
         num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if self._lender is not None:
+            lent = self._lender._initializers[name]
+            assert (lent.data_type, list(lent.dims)) == (_element_type(dtype), list(shape)), name
+            self._initializers[name] = lent
+            return name
         alignment = _PAGE_BYTES if num_bytes >= _SMALL_BYTES else _SMALL_ALIGNMENT
         start = -(-self._data.tell() // alignment) * alignment
         self._data.write(bytes(start - self._data.tell()))
@@ -127,7 +136,8 @@ class GraphWriter:
 
     def save(self, graph_name: str) -> list[Path]:
         """Write the graph file and return both files' paths."""
-        self._data.flush()
+        if self._lender is None:
+            self._data.flush()
         graph = helper.make_graph(
             self._nodes, graph_name, self._inputs, self._outputs, list(self._initializers.values())
         )

@@ -1,9 +1,12 @@
-"""From a checkpoint to the graphs of a Whisper model: ``encoder.onnx`` and ``decoder.onnx`` with their data."""
+"""From a checkpoint to the graphs of a Whisper model: ``encoder.onnx`` and ``decoder.onnx`` with their data.
+
+``aligner.onnx`` shares the decoder's data file.
+"""
 
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -11,13 +14,14 @@ from sardonyx_export.builders.encoder_linear import EncoderLinears
 from sardonyx_export.builders.graph import GraphWriter
 from sardonyx_export.builders.linear import Linears
 from sardonyx_export.builders.weights import Progress, WeightWriter
+from sardonyx_export.builders.whisper_aligner import Alignment, WhisperAlignerGraph
 from sardonyx_export.builders.whisper_decoder import WhisperDecoderGraph
 from sardonyx_export.builders.whisper_encoder import WhisperEncoderGraph
 from sardonyx_export.builders.whisper_layers import WhisperLayers
 from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.whisper_spec import WhisperSpec
 
-ENCODER_FILE, DECODER_FILE = "encoder.onnx", "decoder.onnx"
+ENCODER_FILE, DECODER_FILE, ALIGNER_FILE = "encoder.onnx", "decoder.onnx", "aligner.onnx"
 
 _BLOCK_SIZE = 32
 """Of head and embedding, where they are quantised."""
@@ -31,7 +35,7 @@ class WhisperBuildReport(msgspec.Struct, frozen=True, kw_only=True):
     """What was made."""
 
     graphs: dict[str, list[Path]]
-    """By role, ``encoder`` and ``decoder``: the graph, then its external data."""
+    """By role, ``encoder``, ``decoder`` and ``aligner``: the graph, then its external data."""
     weights: str
     """What became of each stored format, for the manifest."""
 
@@ -42,9 +46,10 @@ def build_whisper(
     folder: Path,
     *,
     precision: Literal["fp32", "int8"],
+    alignment: Alignment | None = None,
     progress: Progress | None = None,
 ) -> WhisperBuildReport:
-    """Write the graphs that `whisper_encoder` and `whisper_decoder` describe.
+    """Write the graphs that `whisper_encoder`, `whisper_decoder` and `whisper_aligner` describe.
 
     Memory: one tensor in float32, and one matrix's codes; never the model.
 
@@ -54,6 +59,7 @@ def build_whisper(
         folder: an existing one without these files. On an error what was written so far is left in it.
         precision: of the layers' matrices, the head and the embedding. Convolutions, norms, biases and positions are
             always fp32. int8 is by integer products of rounded rows.
+        alignment: of the aligner; ``None``: there is none.
         progress: called with the number of weights written and of all, after each tensor.
 
     Raises:
@@ -63,35 +69,47 @@ def build_whisper(
     # The block-wise gather wants whole blocks.
     head_bits = 8 if is_quantised and spec.hidden_size % _BLOCK_SIZE == 0 else 32
 
-    def write_encoder(graph: GraphWriter, weights: WeightWriter, linears: Linears) -> None:
-        encoder_linears = EncoderLinears(graph, weights, linears, is_quantised=is_quantised)
-        WhisperEncoderGraph(graph, weights, WhisperLayers(graph, weights, encoder_linears, spec), spec).write()
+    def write_encoder(parts: _Parts) -> None:
+        WhisperEncoderGraph(parts.graph, parts.weights, parts.layers, spec).write()
 
-    def write_decoder(graph: GraphWriter, weights: WeightWriter, linears: Linears) -> None:
-        layers = WhisperLayers(graph, weights, EncoderLinears(graph, weights, linears, is_quantised=is_quantised), spec)
-        WhisperDecoderGraph(graph, weights, linears, layers, spec, head_bits=head_bits, block_size=_BLOCK_SIZE).write()
+    def write_decoder(parts: _Parts) -> None:
+        decoder = WhisperDecoderGraph(*parts, spec, head_bits=head_bits, block_size=_BLOCK_SIZE)
+        decoder.write()
 
-    graphs, summaries = {}, []
-    for role, file_name, write, others in (
-        ("encoder", ENCODER_FILE, write_encoder, _DECODERS),
-        ("decoder", DECODER_FILE, write_decoder, _ENCODERS),
-    ):
-        graphs[role], summary = _write(checkpoint, folder, file_name, write, others, progress)
-        summaries.append(f"{role}: {summary}")
-    return WhisperBuildReport(graphs=graphs, weights=". ".join(summaries))
+    def write_aligner(parts: _Parts) -> None:
+        assert alignment is not None
+        aligner = WhisperAlignerGraph(*parts, spec, head_bits=head_bits, block_size=_BLOCK_SIZE)
+        aligner.write_aligner(alignment)
 
-
-def _write(
-    checkpoint: Checkpoint,
-    folder: Path,
-    file_name: str,
-    write: Callable[[GraphWriter, WeightWriter, Linears], None],
-    others: re.Pattern[str],
-    progress: Progress | None,
-) -> tuple[list[Path], str]:
-    """One graph's files, and what became of the weights in it."""
-    with GraphWriter(folder, file_name) as graph:
+    def parts(graph: GraphWriter, progress: Progress | None) -> _Parts:
         weights = WeightWriter(graph, checkpoint, _BLOCK_SIZE, progress)
-        write(graph, weights, Linears(graph, _BLOCK_SIZE, has_exact_activations=False))
-        weights.check_all_used(lambda name: name == _TIED_HEAD or others.fullmatch(name) is not None)
-        return graph.save(file_name.removesuffix(".onnx")), weights.summary()
+        linears = Linears(graph, _BLOCK_SIZE, has_exact_activations=False)
+        encoder_linears = EncoderLinears(graph, weights, linears, is_quantised=is_quantised)
+        return _Parts(graph, weights, linears, WhisperLayers(graph, weights, encoder_linears, spec))
+
+    graphs = {}
+    with GraphWriter(folder, ENCODER_FILE) as encoder, GraphWriter(folder, DECODER_FILE) as decoder:
+        of_encoder, of_decoder = parts(encoder, progress), parts(decoder, progress)
+        graphs["encoder"] = _write(of_encoder, "encoder", write_encoder, _DECODERS)
+        graphs["decoder"] = _write(of_decoder, "decoder", write_decoder, _ENCODERS)
+        if alignment is not None:
+            with GraphWriter(folder, ALIGNER_FILE, lender=decoder) as aligner:
+                graphs["aligner"] = _write(parts(aligner, None), "aligner", write_aligner, _ENCODERS)
+    weights = f"encoder: {of_encoder.weights.summary()}. decoder: {of_decoder.weights.summary()}"
+    return WhisperBuildReport(graphs=graphs, weights=weights)
+
+
+class _Parts(NamedTuple):
+    """What adds to one graph."""
+
+    graph: GraphWriter
+    weights: WeightWriter
+    linears: Linears
+    layers: WhisperLayers
+
+
+def _write(parts: _Parts, name: str, write: Callable[[_Parts], None], others: re.Pattern[str]) -> list[Path]:
+    """One graph's files."""
+    write(parts)
+    parts.weights.check_all_used(lambda tensor: tensor == _TIED_HEAD or others.fullmatch(tensor) is not None)
+    return parts.graph.save(name)

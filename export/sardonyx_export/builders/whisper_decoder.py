@@ -54,7 +54,7 @@ class WhisperDecoderGraph:
         """Add everything to the graph."""
         spec, graph = self._spec, self._graph
         self._declare_ports()
-        head, stream = self._embed()
+        head, stream = self._embed("input_ids")
         for i in range(spec.num_decoder_layers):
             stream = self._layer(i, stream)
         wanted = graph.node("Gather", [stream, "logits_index"], "wanted")
@@ -78,18 +78,18 @@ class WhisperDecoderGraph:
             graph.input(f"cross.{i}.key", np.float32, [*heads, spec.head_size, spec.num_positions])
             graph.input(f"cross.{i}.value", np.float32, [*heads, spec.num_positions, spec.head_size])
 
-    def _embed(self) -> tuple[Matrix, str]:
-        """The head's matrix and the embedded tokens (T, E)."""
+    def _embed(self, ids: str) -> tuple[Matrix, str]:
+        """The head's matrix and the embedded tokens (T, E), of ids (T)."""
         graph, spec = self._graph, self._spec
         tensor, shape = "model.decoder.embed_tokens.weight", (spec.vocab_size, spec.hidden_size)
         head = self._weights.matrix("embedding", [tensor], *shape, self._head_bits)
         if head.bits == 32:
-            words = graph.node("Gather", [head.codes, "input_ids"], "embedded.words")
+            words = graph.node("Gather", [head.codes, ids], "embedded.words")
         else:
             rows = graph.share("embedding.rows", head.codes, shape)
             words = graph.node(
                 "GatherBlockQuantized",
-                [rows, "input_ids", head.scales],
+                [rows, ids, head.scales],
                 "embedded.words",
                 domain=MICROSOFT,
                 bits=head.bits,

@@ -1,13 +1,14 @@
 """Which recipe a source needs: by what lies in it, by its architecture, and by what was asked for."""
 
 from sardonyx_export.errors import ExportError
-from sardonyx_export.families import encoder, encoder_heads, llm
+from sardonyx_export.families import encoder, encoder_heads, llm, whisper
 from sardonyx_export.plan import Task
 from sardonyx_export.recipes.language_model import LanguageModelRecipe
 from sardonyx_export.recipes.packaged import image_classifier, profanity
 from sardonyx_export.recipes.padded_encoder import PaddedEncoderRecipe
 from sardonyx_export.recipes.recipe import Recipe
 from sardonyx_export.recipes.text_encoder import TextEncoderRecipe
+from sardonyx_export.recipes.whisper import WhisperRecipe
 from sardonyx_export.request import ExportRequest
 from sardonyx_export.sources.model_folder import ModelFolder
 from sardonyx_export.sources.pypi import PINNED_SHA256
@@ -34,6 +35,9 @@ def choose_recipe(opened: OpenSource, request: ExportRequest) -> Recipe:
                     "ready graphs of language models are not imported; export the weights", field="--task"
                 )
             return LanguageModelRecipe(opened.checkpoint, name, request)
+        case "transcription":
+            assert opened.checkpoint is not None
+            return WhisperRecipe(opened.checkpoint, name, request)
         case "image-classifier":
             return image_classifier(opened, name)
         case "classifier" if _is_pickled(opened):
@@ -62,7 +66,8 @@ def _task(opened: OpenSource, request: ExportRequest) -> Task:
         found = _task_of(opened)
     else:
         found = _task_of_config(opened)
-    if asked != "auto" and asked != found and ("image-classifier" in (asked, found) or _is_pickled(opened)):
+    has_own_form = not {"image-classifier", "transcription"}.isdisjoint((asked, found)) or _is_pickled(opened)
+    if asked != "auto" and asked != found and has_own_form:
         raise ExportError(f"is {asked}; the source is of the task {found}", field="--task")
     if asked == "auto" and found is None:
         raise ExportError("cannot be told from the source; say what the model is for", field="--task")
@@ -73,6 +78,8 @@ def _task_of(opened: OpenSource) -> Task:
     """Of a checkpoint."""
     assert opened.checkpoint is not None
     architecture = _architecture(opened)
+    if architecture == whisper.ARCHITECTURE:
+        return "transcription"
     if architecture.endswith(_CLASSIFIER):
         return "reranker" if _num_labels(opened.checkpoint.config) == 1 else "classifier"
     is_generator = architecture in llm.architectures or architecture.endswith(_GENERATES)

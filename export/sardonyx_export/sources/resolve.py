@@ -9,6 +9,8 @@ from msgspec.structs import replace
 from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.errors import ExportError
 from sardonyx_export.sources import texts
+from sardonyx_export.sources.ctranslate2_file import MODEL_FILE
+from sardonyx_export.sources.ctranslate2_folder import CTranslate2Folder
 from sardonyx_export.sources.gguf_file import GgufFile, file_sha256
 from sardonyx_export.sources.hub import fetch_snapshot
 from sardonyx_export.sources.model_folder import ModelFolder
@@ -174,6 +176,9 @@ def _open_path(path: Path, uri: str, *, licence: str | None = None, sha256: str 
 def _open_folder(path: Path, uri: str, licence: str | None, sha256: str | None) -> OpenSource:
     folder = ModelFolder(path)
     name = model_name(path.resolve().name)
+    if folder.has(MODEL_FILE) and not any(path.glob("*.safetensors")):
+        converted = CTranslate2Folder(path, uri=uri, licence=licence, sha256=sha256)
+        return OpenSource(path=path, uri=uri, name=name, checkpoint=converted, licence=converted.licence, sha256=sha256)
     has_graphs = any(True for pattern in _READY for _ in path.glob(pattern))
     if folder.has("config.json") and (not has_graphs or any(path.glob("*.safetensors"))):
         checkpoint = SafetensorsFolder(path, uri=uri, licence=licence, sha256=sha256)

@@ -239,7 +239,8 @@ def _activate(x: Array, kind: Activation) -> Array:
     return _ACTIVATIONS[kind](x)
 
 
-def _gelu(x: Array) -> Array:
+def gelu(x: Array) -> Array:
+    """The exact one, by the error function."""
     erf = np.interp(x * np.float32(math.sqrt(0.5)), _ERF_POINTS, _ERF_VALUES).astype(np.float32)
     activated: Array = np.float32(0.5) * x * (1 + erf)
     return activated
@@ -276,7 +277,7 @@ def _identity(x: Array) -> Array:
 
 
 _ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
-    "gelu": _gelu,
+    "gelu": gelu,
     "gelu_tanh": _gelu_tanh,
     "relu": _relu,
     "silu": _silu,

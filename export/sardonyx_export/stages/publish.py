@@ -36,6 +36,9 @@ _EMBEDDINGS = """\
 _IMAGES = """\
 # parameters { key: "max_batch_size" value { string_value: "8" } }
 """
+_SPEECH = """\
+# parameters { key: "max_num_seqs" value { string_value: "8" } }
+"""
 _MODERATION = """\
 # What a label says about the categories of /v1/moderations, with the score from which each is flagged:
 # parameters { key: "moderation.LABEL" value { string_value: "harassment 0.5, hate 0.8" } }
@@ -76,6 +79,7 @@ def write_version(folder: Path, opened: OpenSource, plan: Plan, built: Built) ->
         embeddings=built.embeddings,
         labels=built.labels,
         image=built.image,
+        whisper=built.whisper,
         parity=built.parity,
         tools=_tool_versions(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -91,6 +95,8 @@ def config_text(plan: Plan, built: Built) -> str:
         text += _LANGUAGE_MODEL.format(max_model_len=built.llm.max_model_len)
     elif built.encoder is not None:
         text += _ENCODER.format(max_model_len=built.encoder.max_model_len)
+    elif built.whisper is not None:
+        text += _SPEECH
     else:
         text += _IMAGES
     text += _EMBEDDINGS if built.family == "embeddings" else ""

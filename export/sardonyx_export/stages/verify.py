@@ -129,7 +129,6 @@ def run_graph(path: Path, name: str, model: LanguageModel, prompts: Sequence[Seq
         runner.close()
 
 
-@np.errstate(invalid="ignore", over="ignore")
 def compare(
     reference: Sequence[Array], measured: Sequence[Array], precision: Precision, activations: Activations | None = None
 ) -> Parity:
@@ -138,18 +137,38 @@ def compare(
     Raises:
         ExportError: farther than the tolerance of the precision, or of activations that have their own.
     """
+    has_rows = activations == "int8_rows"
+    tolerance = INT8_ROWS_TOLERANCE if has_rows else TOLERANCES[precision]
+    name = f"{REFERENCE}, {len(reference)} prompts"
+    return compare_logits(reference, measured, tolerance, name, kind=activations if has_rows else precision)
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def compare_logits(
+    reference: Sequence[Array], measured: Sequence[Array], tolerance: Tolerance, name: str, *, kind: str | None
+) -> Parity:
+    """How far the logits of some texts are from what they should be.
+
+    Args:
+        reference: (length, V) for each text.
+        measured: the same of the export.
+        tolerance: how far they may be.
+        name: of the reference.
+        kind: what the tolerance belongs to, for messages.
+
+    Raises:
+        ExportError: farther than that.
+    """
     max_abs_error = divergence = 0.0
     num_positions = num_agreeing = 0
     for expected, actual in zip(reference, measured, strict=True):
         max_abs_error = max(max_abs_error, float(np.abs(expected - actual).max()))
-        expected_log, actual_log = _log_softmax(expected), _log_softmax(actual)
+        expected_log, actual_log = log_softmax(expected), log_softmax(actual)
         divergence += float((np.exp(expected_log) * (expected_log - actual_log)).sum())
         num_positions += len(expected)
         num_agreeing += int((expected.argmax(axis=1) == actual.argmax(axis=1)).sum())
-    has_rows = activations == "int8_rows"
-    tolerance = INT8_ROWS_TOLERANCE if has_rows else TOLERANCES[precision]
     parity = Parity(
-        reference=f"{REFERENCE}, {len(reference)} prompts",
+        reference=name,
         max_abs_error=max_abs_error,
         mean_kl=max(divergence / num_positions, 0.0),
         top1_agreement=num_agreeing / num_positions,
@@ -161,12 +180,13 @@ def compare(
         raise ExportError(
             f"the exported graph is not what the source's weights say: max_abs_error {parity.max_abs_error:.3g} "
             f"(largest logit {largest:.3g}), mean_kl {parity.mean_kl:.3g}, top1_agreement {parity.top1_agreement:.3f}; "
-            f"{activations if has_rows else precision} has to keep {tolerance}. Nothing was published"
+            f"{kind} has to keep {tolerance}. Nothing was published"
         )
     return parity
 
 
-def _log_softmax(logits: Array) -> Array:
+def log_softmax(logits: Array) -> Array:
+    """Logarithms of the shares that logits stand for, (length, V)."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     result: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result
