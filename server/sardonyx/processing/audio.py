@@ -64,7 +64,7 @@ class AudioLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Decoded. The setting ``max_audio_s``."""
 
 
-def decode_audio(data: bytes, limits: AudioLimits, *, deadline: Callable[[], bool] | None = None) -> Floats:
+def decode_audio(data: bytes, limits: AudioLimits, *, is_over: Callable[[], bool] | None = None) -> Floats:
     """The mean of all channels, 16,000 samples a second.
 
     Files in floating point may go beyond 1, and so do lossy codecs and resampling, by a little. Such a sound is made
@@ -72,7 +72,7 @@ def decode_audio(data: bytes, limits: AudioLimits, *, deadline: Callable[[], boo
 
     Args:
         data: a whole file, of a kind that its first bytes tell.
-        deadline: true when the time is over; asked before every block, some 100,000 values.
+        is_over: whether the time is over; asked before every block, some 100,000 values.
 
     Returns:
         (n) between -1 and 1, n > 0, owned by the caller.
@@ -82,7 +82,7 @@ def decode_audio(data: bytes, limits: AudioLimits, *, deadline: Callable[[], boo
             samples that are no numbers, too many channels, an impossible sample rate.
         UnsupportedFeature: a kind that needs PyAV, which is not installed.
         PayloadTooLarge: longer than the limit; decoding ends there.
-        DeadlineExceeded: `deadline` said so.
+        DeadlineExceeded: `is_over` said so.
     """
     if not data:
         raise _invalid("the file is empty")
@@ -93,7 +93,7 @@ def decode_audio(data: bytes, limits: AudioLimits, *, deadline: Callable[[], boo
         raise _invalid("the file is incomplete: it announces more sound than there is")
     sound = _Sound(limits)
     blocks = _ffmpeg_blocks(kind, data) if kind in _FFMPEG_FORMATS else _sndfile_blocks(kind, data, limits)
-    while deadline is None or not deadline():
+    while is_over is None or not is_over():
         block = next(blocks, None)
         if block is None:
             return sound.finish()
@@ -237,7 +237,7 @@ def _ffmpeg_blocks(kind: Kind, data: bytes) -> Generator[Block]:
     options = {"codec_whitelist": ",".join(_FFMPEG_CODECS)}
     try:
         with av.open(
-            io.BytesIO(data), format=_FFMPEG_FORMATS[kind], container_options=options, metadata_errors="ignore"
+            io.BytesIO(data), "r", format=_FFMPEG_FORMATS[kind], container_options=options, metadata_errors="ignore"
         ) as container:
             stream = _first_sound(container)
             for packet in container.demux(stream):
