@@ -311,7 +311,7 @@ def test_closed_runner_runs_nothing(path):
 
 
 def test_bindings_beyond_those_that_are_kept_are_made_again(path, whole, monkeypatch):
-    monkeypatch.setattr("sardonyx.runners.decoder._MAX_BINDINGS", 2)
+    monkeypatch.setattr("sardonyx.runners.packed_pass._MAX_BINDINGS", 2)
     runner = open_runner(path)
     prompt = random_ids(19, 20)
     expected = generate(whole, prompt, 4, chunk=MAX_LEN)

@@ -11,7 +11,7 @@ import re
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from google.protobuf import json_format, text_format
@@ -166,21 +166,47 @@ def language_model_options(config: ModelConfig, *, file: str = FILE_NAME) -> Lan
     for field, _ in config.ListFields():
         if field.name not in _LANGUAGE_MODEL_FIELDS:
             raise ConfigError("has no meaning for a language model", file=file, field=field.name)
-    types = {field.name: field.type for field in msgspec.structs.fields(LanguageModelOptions)}
+    return read_parameters(config, LanguageModelOptions, owner="a language model", file=file)
+
+
+P = TypeVar("P", bound=msgspec.Struct)
+
+
+def read_parameters(config: ModelConfig, kind: type[P], *, owner: str, file: str) -> P:
+    """``parameters`` as a struct: one field each, all with a default.
+
+    Args:
+        config: the operator's.
+        kind: the struct; each field may be ``None``.
+        owner: what messages call such a model.
+        file: for messages.
+
+    Raises:
+        ConfigError: an unknown parameter, or a value of the wrong type or out of range.
+    """
+    types = {field.name: field.type for field in msgspec.structs.fields(kind)}
     values: dict[str, Any] = {}
     for key in sorted(config.parameters):
         if key not in types:
-            raise unknown_parameter(key, types, owner="a language model", file=file)
-        text = config.parameters[key].string_value.strip()
-        value = parse_size(text) if key.endswith("_bytes") else None
-        # The bare type: with `| None` the text "null" would pass as None.
-        bare_type = typing.get_args(types[key])[0]
-        try:
-            values[key] = msgspec.convert(text if value is None else value, bare_type, strict=False)
-        except msgspec.ValidationError as error:
-            reason = str(error).partition(", got")[0].replace("`", "").replace("Expected", "expected")
-            raise ConfigError(f"{reason}, not {text!r}", file=file, field=f"parameters[{key!r}]") from error
-    return LanguageModelOptions(**values)
+            raise unknown_parameter(key, types, owner=owner, file=file)
+        values[key] = read_parameter(key, config.parameters[key].string_value.strip(), types[key], file=file)
+    return kind(**values)
+
+
+def read_parameter(key: str, text: str, type_: Any, *, file: str) -> Any:
+    """One parameter's value; sizes in bytes may have a unit.
+
+    Raises:
+        ConfigError: it is of the wrong type or out of range.
+    """
+    value = parse_size(text) if key.endswith("_bytes") else None
+    # The bare type: with `| None` the text "null" would pass as None.
+    bare_type = (typing.get_args(type_) or (type_,))[0]
+    try:
+        return msgspec.convert(text if value is None else value, bare_type, strict=False)
+    except msgspec.ValidationError as error:
+        reason = str(error).partition(", got")[0].replace("`", "").replace("Expected", "expected")
+        raise ConfigError(f"{reason}, not {text!r}", file=file, field=f"parameters[{key!r}]") from error
 
 
 def _check(config: ModelConfig, name: str, file: str) -> None:

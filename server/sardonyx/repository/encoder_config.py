@@ -4,7 +4,6 @@ Floor 1.
 """
 
 import re
-import typing
 from typing import Annotated, Any
 
 import msgspec
@@ -12,7 +11,7 @@ from msgspec import Meta
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from sardonyx.errors import ConfigError
-from sardonyx.repository.config import FILE_NAME, unknown_parameter
+from sardonyx.repository.config import FILE_NAME, read_parameter, unknown_parameter
 
 CATEGORIES = (
     "harassment",
@@ -77,13 +76,7 @@ def encoder_options(config: ModelConfig, *, file: str = FILE_NAME) -> EncoderOpt
             continue
         if key not in types:
             raise unknown_parameter(key, [*types, "moderation.<label>"], owner="an encoder model", file=file)
-        # The bare type: with `| None` the text "null" would pass as None.
-        bare_type = (typing.get_args(types[key]) or (types[key],))[0]
-        try:
-            values[key] = msgspec.convert(text, bare_type, strict=False)
-        except msgspec.ValidationError as error:
-            reason = str(error).partition(", got")[0].replace("`", "").replace("Expected", "expected")
-            raise ConfigError(f"{reason}, not {text!r}", file=file, field=f"parameters[{key!r}]") from error
+        values[key] = read_parameter(key, text, types[key], file=file)
     return EncoderOptions(**values, moderation=moderation)
 
 

@@ -5,43 +5,27 @@ Floor 3. Owns the model's session and KV cache. Which sequence holds which slot,
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from sardonyx.core import Batch, BatchRow, RunnerLimits, StepOutput, TokenLogprobs
 from sardonyx.errors import ConfigError, EngineError
 from sardonyx.repository.manifest import LanguageModel
 from sardonyx.runners.logprobs import token_logprobs
-from sardonyx.runners.packing import ForwardRow, PackedInputs, Run, named_views, plan_runs
+from sardonyx.runners.packed_pass import Logits, PackedPass
+from sardonyx.runners.packing import ForwardRow
 from sardonyx.runners.sampler import Sampler
 from sardonyx.runtime.dtypes import DATATYPES
 from sardonyx.runtime.kv_cache import KvCache
-from sardonyx.runtime.session import Binding, Session
+from sardonyx.runtime.session import Session
 
 __all__ = ["DecoderRunner", "ForwardRow"]
 
 _logger = logging.getLogger(__name__)
 
-Logits = npt.NDArray[np.float32]
-
 MAX_PADDING = 1024
 """Padded positions that sharing a session run may add; see `plan_runs`."""
-
-_MAX_BINDINGS = 64
-"""Windows of slots whose bindings are kept. One of 30 layers is 120 bound tensors: 0.4 ms to make."""
-
-
-@dataclass(slots=True)
-class _Window:
-    """A binding to the cache of neighbouring slots."""
-
-    binding: Binding
-    shapes: tuple[int, ...] = ()
-    """T, S, N and the first row of the logits that are bound at present."""
 
 
 class DecoderRunner:
@@ -64,14 +48,17 @@ class DecoderRunner:
         _check_graph(session, model, limits)
         self._session = session
         self._limits = limits
-        self._max_padding = max_padding
         capacity = limits.max_model_len + limits.max_chunk_tokens - 1
         self._cache = KvCache(model.kv, limits.num_slots, capacity)
-        self._inputs = PackedInputs(limits.num_slots, limits.max_chunk_tokens)
-        # An upper bound is all that the kernel asks for, but it refuses one above the rows of the rotary tables.
-        self._total_length = np.array(min(capacity, model.max_model_len), np.int32)
-        self._logits = np.empty((limits.num_slots + 1, limits.vocab_size), np.float32)
-        self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
+        self._pass = PackedPass(
+            session,
+            limits,
+            self._cache,
+            # An upper bound is all that the kernel asks for, but it refuses one above the rows of the rotary tables.
+            total_length=min(capacity, model.max_model_len),
+            max_padding=max_padding,
+            max_logits=limits.num_slots,
+        )
         self._sampler = Sampler(limits.vocab_size)
 
     @property
@@ -118,7 +105,7 @@ class DecoderRunner:
         self._check_rows(rows)
         for copy in batch.copies:
             self._cache.copy(copy.source, copy.target, copy.num_tokens)
-        logits, first_logits = self._forward(rows, wanted)
+        logits, first_logits = self._pass.forward(rows, wanted)
         output = StepOutput([None] * len(rows), [None] * len(rows), [[] for _ in rows])
         self._sample(batch, wanted, logits, first_logits, output)
         for index, num_positions in enumerate(num_prompt_positions):
@@ -148,7 +135,7 @@ class DecoderRunner:
         for place, packed in zip(places.tolist(), logits_index, strict=True):
             offsets.append(len(wanted[place]))
             wanted[place].append(packed - int(starts[place]))
-        logits, first_logits = self._forward(rows, wanted)
+        logits, first_logits = self._pass.forward(rows, wanted)
         return logits[[first_logits[place] + offset for place, offset in zip(places.tolist(), offsets, strict=True)]]
 
     def warm_up(self) -> None:
@@ -165,70 +152,9 @@ class DecoderRunner:
 
     def close(self) -> None:
         """Give back session and cache. Nothing may be executed afterwards."""
-        self._windows.clear()
+        self._pass.close()
         self._session.close()
         self._cache.close()
-
-    def _forward(self, rows: Sequence[ForwardRow], wanted: Sequence[Sequence[int]]) -> tuple[Logits, list[int]]:
-        """Run all rows.
-
-        Returns:
-            Logits ``(N, V)``, valid until the next call, and for each row where its own begin.
-        """
-        num_logits = sum(map(len, wanted))
-        logits = self._logits
-        if num_logits >= len(logits):
-            # Scoring prompts: every token's row, 50 MB for 256 of them. Kept only for the step.
-            try:
-                logits = np.empty((num_logits + 1, self._limits.vocab_size), np.float32)
-            except MemoryError as error:
-                raise EngineError("there is no memory for this prompt's log-probabilities") from error
-        first_logits = [0] * len(rows)
-        end = 0
-        for run in plan_runs(rows, self._limits.num_slots, self._max_padding):
-            start = end
-            for index in run.row_indices:
-                first_logits[index] = end
-                end += len(wanted[index])
-            # A run without wanted logits writes one row behind all others.
-            self._run(run, rows, wanted, logits, start if end > start else num_logits)
-        return logits[:num_logits], first_logits
-
-    def _run(
-        self, run: Run, rows: Sequence[ForwardRow], wanted: Sequence[Sequence[int]], logits: Logits, first: int
-    ) -> None:
-        num_tokens, num_logits = self._inputs.fill(run, rows, wanted)
-        window = self._window(run.first_slot, run.num_slots)
-        is_kept = logits is self._logits
-        shapes = (num_tokens, run.chunk, num_logits, first)
-        if window.shapes != shapes or not is_kept:
-            for name, array in named_views(self._inputs, run, num_tokens, num_logits).items():
-                window.binding.bind_input(name, array)
-            window.binding.bind_output("logits", logits[first : first + num_logits])
-            window.shapes = shapes if is_kept else ()
-        window.binding.run()
-
-    def _window(self, first_slot: int, num_slots: int) -> _Window:
-        """The binding to a window of slots, with everything bound that does not change."""
-        key = (first_slot, num_slots)
-        window = self._windows.get(key)
-        if window is not None:
-            self._windows.move_to_end(key)
-            return window
-        binding = self._session.new_binding()
-        binding.bind_input("total_sequence_length", self._total_length)
-        for layer in range(self._cache.layout.num_layers):
-            keys = self._cache.keys(layer, first_slot, num_slots)
-            values = self._cache.values(layer, first_slot, num_slots)
-            # The same buffer as input and output is what tells the kernel to append in place.
-            binding.bind_input(f"past_key_values.{layer}.key", keys)
-            binding.bind_input(f"past_key_values.{layer}.value", values)
-            binding.bind_output(f"present.{layer}.key", keys)
-            binding.bind_output(f"present.{layer}.value", values)
-        window = self._windows[key] = _Window(binding)
-        if len(self._windows) > _MAX_BINDINGS:
-            self._windows.popitem(last=False)
-        return window
 
     def _sample(
         self,

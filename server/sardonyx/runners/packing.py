@@ -37,7 +37,9 @@ class Run:
         return self.num_slots * self.chunk - num_tokens
 
 
-def plan_runs(rows: Sequence[ForwardRow], num_slots: int, max_padding: int) -> list[Run]:
+def plan_runs(
+    rows: Sequence[ForwardRow], num_slots: int, max_padding: int, *, pays_for_idle: bool = False
+) -> list[Run]:
     """Divide a step's rows among session runs so that little time goes into padding.
 
     Every run pays once for reading the weights, every padded position for gathers and the attention operator's rows
@@ -56,7 +58,9 @@ def plan_runs(rows: Sequence[ForwardRow], num_slots: int, max_padding: int) -> l
 
     Chunks group alike: 4 of 16 tokens 0.59 to 0.63, 4 of 64 0.80 to 0.95 of separate runs. Rows with one token always
     share one run: with S = 1 idle slots are skipped (8 rows in a window of 32 take the time of 8 in 8), so their window
-    is the pool's shortest power-of-two prefix, which keeps the number of windows, and with it of bindings, small.
+    is the pool's shortest power-of-two prefix, which keeps the number of windows, and with it of bindings, small. A
+    graph that also computes for idle slots (`pays_for_idle`: cross-attention over each slot's own window of sound) has
+    a prefix that ends with the last busy one.
 
     Returns:
         Runs, shortest chunks first; each row in exactly one.
@@ -65,7 +69,9 @@ def plan_runs(rows: Sequence[ForwardRow], num_slots: int, max_padding: int) -> l
     chunks = sorted((len(row.token_ids), row.slot, index) for index, row in enumerate(rows) if len(row.token_ids) > 1)
     runs: list[Run] = []
     if singles:
-        runs.append(_prefix(singles, max(rows[index].slot for index in singles), num_slots))
+        last_slot = max(rows[index].slot for index in singles)
+        length = last_slot + 1 if pays_for_idle else min(1 << last_slot.bit_length(), num_slots)
+        runs.append(Run(singles, 0, length, 1))
     num_tokens = len(singles)
     for length, slot, index in chunks:
         if runs:
@@ -76,10 +82,6 @@ def plan_runs(rows: Sequence[ForwardRow], num_slots: int, max_padding: int) -> l
         runs.append(Run([index], slot, 1, length))
         num_tokens = length
     return runs
-
-
-def _prefix(row_indices: list[int], last_slot: int, num_slots: int) -> Run:
-    return Run(row_indices, 0, min(1 << last_slot.bit_length(), num_slots), 1)
 
 
 def _join(run: Run, rows: Sequence[ForwardRow], index: int) -> Run:
@@ -100,6 +102,7 @@ class PackedInputs:
     def __init__(self, num_slots: int, max_chunk_tokens: int) -> None:
         max_tokens = num_slots * max_chunk_tokens
         self.input_ids = np.zeros(max_tokens, np.int64)
+        self.position_ids = np.zeros(max_tokens, np.int64)
         self.row_gather = np.zeros(max_tokens, np.int64)
         self.row_scatter = np.zeros(max_tokens, np.int64)
         self.seqlens_k = np.zeros(num_slots, np.int32)
@@ -122,6 +125,8 @@ class PackedInputs:
         starts = counts.cumsum() - counts
         num_tokens = int(counts.sum())
         self.input_ids[:num_tokens] = [token_id for row in mine for token_id in row.token_ids]
+        firsts = np.array([row.num_past for row in mine]) - starts
+        self.position_ids[:num_tokens] = np.arange(num_tokens) + np.repeat(firsts, counts)
         self.row_scatter[:num_tokens] = np.arange(num_tokens) + np.repeat(places * run.chunk - starts, counts)
         self.row_gather[: run.num_slots * run.chunk] = 0
         self.row_gather[self.row_scatter[:num_tokens]] = np.arange(num_tokens)
@@ -147,6 +152,7 @@ def named_views(
     padded = inputs.row_gather[: run.num_slots * run.chunk].reshape(run.num_slots, run.chunk)
     return {
         "input_ids": inputs.input_ids[:num_tokens],
+        "position_ids": inputs.position_ids[:num_tokens],
         "row_gather": padded,
         "row_scatter": inputs.row_scatter[:num_tokens],
         "seqlens_k": inputs.seqlens_k[: run.num_slots],

@@ -6,13 +6,14 @@ Floor 4. Each model has one face. The batch axis holds the items of a call: each
 import asyncio
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
 
 from sardonyx.errors import InvalidRequest
+from sardonyx.serving.call_parameters import convert_parameters
 from sardonyx.serving.classifier import TextClassifier
 from sardonyx.serving.embeddings import EmbeddingModel
 from sardonyx.serving.item_calls import ItemCalls
@@ -23,8 +24,6 @@ from sardonyx.serving.tasks import Encoded, EncodeOptions, ImageClassifyTask
 from sardonyx.serving.tensor_checks import TensorSignature
 from sardonyx.statistics import InferenceStatistics
 from sardonyx.tensors import Parameter, Tensor, TensorMetadata
-
-P = TypeVar("P", bound=msgspec.Struct)
 
 MAX_BATCH_SIZE = 2048
 """Items of a call, where the operator's config does not say; as many as OpenAI takes."""
@@ -68,7 +67,7 @@ def embedding_face(model: EmbeddingModel) -> Face:
     """``text`` to ``embeddings``."""
 
     async def answer(columns: list[list[Any]], parameters: Mapping[str, Parameter]) -> Encoded:
-        asked = _convert(parameters, EmbeddingCallParameters, "an embedding model")
+        asked = convert_parameters(parameters, EmbeddingCallParameters, "an embedding model")
         name = model.default_prompt if asked.prompt_name is None else asked.prompt_name
         if name is not None and name not in model.prompts:
             known = f"has {', '.join(model.prompts)}" if model.prompts else "has none"
@@ -83,7 +82,7 @@ def reranker_face(model: RerankerModel) -> Face:
     """``query`` and ``text`` to ``score``."""
 
     async def answer(columns: list[list[Any]], parameters: Mapping[str, Parameter]) -> Encoded:
-        asked = _convert(parameters, TextCallParameters, "a reranker")
+        asked = convert_parameters(parameters, TextCallParameters, "a reranker")
         pairs = list(zip(*columns, strict=True))
         return await model.rerank(pairs, options=EncodeOptions(truncate=asked.truncate))
 
@@ -94,7 +93,7 @@ def classifier_face(model: TextClassifier) -> Face:
     """``text`` to ``scores``."""
 
     async def answer(columns: list[list[Any]], parameters: Mapping[str, Parameter]) -> Encoded:
-        asked = _convert(parameters, TextCallParameters, "a classifier")
+        asked = convert_parameters(parameters, TextCallParameters, "a classifier")
         return await model.classify(columns[0], options=EncodeOptions(truncate=asked.truncate))
 
     width = len(model.labels)
@@ -105,7 +104,7 @@ def image_face(model: ImageClassifyTask) -> Face:
     """``image``, an encoded picture an element, to ``scores``."""
 
     async def answer(columns: list[list[Any]], parameters: Mapping[str, Parameter]) -> Encoded:
-        _convert(parameters, ImageCallParameters, "an image classifier")
+        convert_parameters(parameters, ImageCallParameters, "an image classifier")
         return await model.classify_images(columns[0])
 
     width = len(model.labels)
@@ -210,21 +209,3 @@ def completed(config: ModelConfig, face: Face) -> ModelConfig:
         result.input.append(ModelInput(name=name, data_type="TYPE_STRING", dims=[1]))
     result.output.append(ModelOutput(name=face.output, data_type="TYPE_FP32", dims=[face.width]))
     return result
-
-
-def _convert(parameters: Mapping[str, Parameter], kind: type[P], owner: str) -> P:
-    for name in parameters:
-        if name not in kind.__struct_fields__:
-            known = ", ".join(kind.__struct_fields__)
-            raise InvalidRequest(
-                f"{name[:80]}: is no parameter of {owner}; there {f'are {known}' if known else 'is none'}",
-                param=name[:80],
-            )
-    # Over gRPC numbers and truths may come as text.
-    try:
-        return msgspec.convert(dict(parameters), kind, strict=False)
-    except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `$.")
-        field = path.strip("`") or None
-        reason = reason.replace(" | null", "").replace("Expected", "expected").replace("`", "")
-        raise InvalidRequest(f"{field}: {reason}" if field else reason, param=field) from None

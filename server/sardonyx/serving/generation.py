@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from sardonyx.core import FinishReason, Request, SequenceEvent, TokenLogprobs
-from sardonyx.errors import DeadlineExceeded, EngineDead, EngineError, Overloaded, RequestAborted, ServeError
+from sardonyx.errors import EngineDead, EngineError, RequestAborted, ServeError
 from sardonyx.metrics import ModelMetrics
 from sardonyx.processing.tokenizer import Tokenizer
 from sardonyx.serving.admission import Reservation
 from sardonyx.serving.calls import Call
 from sardonyx.serving.completion import Completion, best, merge, token_info
 from sardonyx.serving.dispatch import EventDispatch
+from sardonyx.serving.engine_errors import deadline_exceeded, error_of
 from sardonyx.serving.options import Choice, TextChunk, TokenInfo, Usage
 from sardonyx.serving.pool import WorkerPool
 
@@ -185,7 +186,8 @@ class Generation:
         if event.started_s is not None:
             sequence.started_s = event.started_s
         if event.finish_reason is FinishReason.ERROR or event.finish_reason is FinishReason.CANCELLED:
-            self.abort(self._error_of(event))
+            dispatch, retry_after_s = self._runtime.dispatch, self._runtime.retry_after_s
+            self.abort(error_of(event, is_alive=dispatch.is_alive, retry_after_s=retry_after_s))
             return
         num_tokens = sequence.completion.num_tokens
         chunk = sequence.completion.push(event)
@@ -269,22 +271,7 @@ class Generation:
         logger.info("request ended: %s", " ".join(f"{name}={value}" for name, value in fields.items()), extra=fields)
 
     def _expire(self) -> None:
-        self.abort(_deadline_exceeded())
-
-    def _error_of(self, event: SequenceEvent) -> ServeError | None:
-        """What the engine's early end of a sequence means for the caller."""
-        if event.finish_reason is FinishReason.ERROR:
-            kind = EngineError if self._runtime.dispatch.is_alive else EngineDead
-            return kind(event.error or "the request failed inside the engine")
-        match event.error:
-            case "deadline":
-                return _deadline_exceeded()
-            case "queue":
-                return Overloaded(
-                    "no slot came free in time; try again later", retry_after_s=self._runtime.retry_after_s()
-                )
-            case _:
-                return EngineDead("the engine stopped before the request was finished")
+        self.abort(deadline_exceeded())
 
     async def _describe_prompts(self) -> None:
         """Bring prompt log-probabilities that have come into `prompts`. A long prompt's take milliseconds."""
@@ -322,7 +309,3 @@ def _choice(chunk: TextChunk) -> Choice:
         finish_reason=chunk.finish_reason,
         stop_reason=chunk.stop_reason,
     )
-
-
-def _deadline_exceeded() -> DeadlineExceeded:
-    return DeadlineExceeded("the request's time was over before its answer was complete")

@@ -15,16 +15,21 @@ from sardonyx.runtime.session import configure_threads
 from sardonyx.serving.encoder_loader import EncoderLoader
 from sardonyx.serving.encoder_tensors import EncoderTensorModel
 from sardonyx.serving.ensemble import EnsembleModel
-from sardonyx.serving.entry import ENCODER_FAMILIES, IMAGE_CLASSIFIER, TEXT_FAMILY
+from sardonyx.serving.entry import ENCODER_FAMILIES, IMAGE_CLASSIFIER, SPEECH_FAMILY, TEXT_FAMILY
 from sardonyx.serving.image_loader import ImageClassifierLoader
 from sardonyx.serving.memory import KvBudget, free_memory_bytes
 from sardonyx.serving.override import override_config, override_folder
 from sardonyx.serving.registry import Registry
 from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
+from sardonyx.serving.speech_loader import SpeechLoader
+from sardonyx.serving.speech_tensors import SpeechTensorModel
 from sardonyx.serving.tensor_loader import TensorLoader
 from sardonyx.serving.tensors import TensorModel
 from sardonyx.serving.text_loader import TextLoader
 from sardonyx.settings import Settings, usable_cores
+
+_CACHING = frozenset({TEXT_FAMILY, SPEECH_FAMILY})
+"""Families of models with a KV cache."""
 
 
 def build_registry(settings: Settings, metrics: Metrics) -> Registry:
@@ -35,7 +40,7 @@ def build_registry(settings: Settings, metrics: Metrics) -> Registry:
     """
     configure_threads(settings.num_threads or usable_cores(), allow_spinning=settings.allow_spinning)
     repositories = [Repository(path) for path in (settings.repository, *settings.more_repositories)]
-    num_models = sum(entry.family == TEXT_FAMILY for entry in merge([index(each) for each in repositories]))
+    num_models = sum(entry.family in _CACHING for entry in merge([index(each) for each in repositories]))
     budget = KvBudget(int(settings.memory_fraction * free_memory_bytes()), num_models)
     loader = ModelLoader(repositories, settings, metrics, budget)
     registry = Registry(
@@ -54,7 +59,7 @@ class ModelLoader:
     """Loads models of any family; a `registry.ModelSource`. Made before the registry; `connect` closes the circle.
 
     Args:
-        budget: for the KV caches of all language models.
+        budget: for the KV caches of all language and speech models.
     """
 
     def __init__(self, repositories: list[Repository], settings: Settings, metrics: Metrics, budget: KvBudget) -> None:
@@ -63,6 +68,7 @@ class ModelLoader:
         self._texts = TextLoader(settings, metrics, budget)
         self._encoders = EncoderLoader(settings, metrics)
         self._images = ImageClassifierLoader(settings, metrics)
+        self._speech = SpeechLoader(settings, metrics, budget)
         self._tensors = TensorLoader(settings, metrics, self._part)
 
     def connect(self, registry: Registry) -> None:
@@ -78,6 +84,7 @@ class ModelLoader:
         self._texts.close()
         self._encoders.close()
         self._images.close()
+        self._speech.close()
 
     def load(self, name: str, override: ModelOverride | None = None) -> LoadedModel:
         """Every version that the model's policy chooses, or none; of a language model the newest one.
@@ -100,6 +107,8 @@ class ModelLoader:
                 return LoadedModel(versions=_load_versions(entry, self._encoders.load))
             if manifest.family == IMAGE_CLASSIFIER:
                 return LoadedModel(versions=_load_versions(entry, self._images.load))
+            if manifest.family == SPEECH_FAMILY:
+                return LoadedModel(versions=_load_versions(entry, self._speech.load))
             raise ConfigError(f"models of the family {manifest.family} are not served", file=str(entry.path))
 
     def _entry(self, name: str, override: ModelOverride | None) -> AbstractContextManager[ModelEntry]:
@@ -123,7 +132,7 @@ class ModelLoader:
         return self._registry.part(name, version)
 
 
-_Discardable = TensorModel | EnsembleModel | EncoderTensorModel
+_Discardable = TensorModel | EnsembleModel | EncoderTensorModel | SpeechTensorModel
 
 
 def _load_versions(entry: ModelEntry, load: Callable[[ModelEntry, int], _Discardable]) -> dict[int, ServedModel]:

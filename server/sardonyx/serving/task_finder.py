@@ -3,14 +3,18 @@
 Floor 4. The registry knows names and families; this knows what each family's models can be asked for.
 """
 
-from sardonyx.errors import InvalidRequest, ModelNotReady
-from sardonyx.serving.entry import IMAGE_CLASSIFIER
+from sardonyx.errors import InvalidRequest, ModelNotFound, ModelNotReady
+from sardonyx.serving.entry import IMAGE_CLASSIFIER, SPEECH_FAMILY
 from sardonyx.serving.registry import ModelState, Registry
-from sardonyx.serving.tasks import ClassifyTask, EmbeddingTask, ImageClassifyTask, RerankTask
+from sardonyx.serving.tasks import ClassifyTask, EmbeddingTask, ImageClassifyTask, RerankTask, TranscriptionTask
 
 _EMBEDDINGS = frozenset({"embeddings"})
 _SCORING = frozenset({"embeddings", "reranker"})
+_SPEECH = frozenset({SPEECH_FAMILY})
 _JUDGING = frozenset({"classifier", IMAGE_CLASSIFIER})
+
+ANY_TRANSCRIBER = "whisper-1"
+"""An operator's alias of this name goes first."""
 
 Judge = ClassifyTask | ImageClassifyTask
 
@@ -37,6 +41,17 @@ class TaskFinder:
             families = frozenset({"reranker"})
         task = self._registry.newest(name, families, "reranker or embedding model").task
         assert isinstance(task, RerankTask | EmbeddingTask)
+        return task
+
+    def transcriber(self, name: str | None) -> TranscriptionTask:
+        """For ``/v1/audio/transcriptions`` and ``/translations``. OpenAI's name, `ANY_TRANSCRIBER`, means any."""
+        try:
+            task = self._registry.newest(name, _SPEECH, "speech model").task
+        except ModelNotFound:
+            if name != ANY_TRANSCRIBER:
+                raise
+            task = self._registry.newest(None, _SPEECH, "speech model").task
+        assert isinstance(task, TranscriptionTask)
         return task
 
     def judge(self, name: str) -> Judge:

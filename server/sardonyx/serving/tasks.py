@@ -4,12 +4,17 @@ Floor 4. `serving.embeddings`, `serving.reranker`, `serving.classifier` and `ser
 `api` sees no more than this.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
+from sardonyx.errors import ServeError
+from sardonyx.processing.transcript import Segment, Thresholds
+from sardonyx.processing.voice_activity import VoiceOptions
+from sardonyx.serving.options import TokenInfo
 
 TextInput = str | list[int]
 """A text, or its token ids as the caller's tokeniser gave them: they are taken as they are, nothing is put around."""
@@ -134,3 +139,93 @@ class CategoryRule(msgspec.Struct, frozen=True):
     """``harassment/threatening``."""
     threshold: float
     """A score of so much or more flags it."""
+
+
+class TranscriptionOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a caller may say about how a sound becomes text."""
+
+    task: Literal["transcribe", "translate"] = "transcribe"
+    """Translations are into English."""
+    languages: tuple[str, ...] = ()
+    """Codes. One: that is spoken. More: one of them is; none: any. Then the first thirty seconds tell which."""
+    prompt: str = ""
+    """A text as if it came before the sound: it sets names, spelling and style."""
+    temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    """Tried one after the other, until a window's result is good enough."""
+    has_timestamps: bool = True
+    """Segments have times; without, a window is one."""
+    has_words: bool = False
+    """Words have times."""
+    has_logprobs: bool = False
+    """Tokens have log-probabilities."""
+    chunking: VoiceOptions | None = None
+    """Cut the sound where nobody speaks, and decode the parts at once; ``None``: from begin to end, each window with
+    the text before it."""
+    conditions_on_previous_text: bool = True
+    thresholds: Thresholds = Thresholds()
+    seed: int | None = None
+    timeout_s: float | None = None
+    """Most time for the whole call; ``None``: the server's."""
+
+
+@runtime_checkable
+class TranscriptionTask(Protocol):
+    """Sound becomes text."""
+
+    name: str
+    languages: Sequence[str]
+    """Codes that the model knows."""
+    is_multilingual: bool
+    has_words: bool
+    """Words can have times."""
+
+    async def start(self, sound: bytes, options: TranscriptionOptions, *, request_id: str) -> "Transcript":
+        """Begin to transcribe an encoded sound. Whoever gets one must end it: read it to the end, or `abort`.
+
+        Raises:
+            InvalidRequest: the sound cannot be read, or the model does not know the language or the task.
+            PayloadTooLarge: the sound is too long.
+            Overloaded: the queue is full.
+            ModelNotReady: the model is being unloaded.
+            DeadlineExceeded: the time was over.
+        """
+        ...
+
+
+class HeardWindow(msgspec.Struct, frozen=True):
+    """What a window of a sound gave."""
+
+    segments: list[Segment]
+    """With text, in order; none where nobody speaks."""
+    tokens: list[TokenInfo]
+    """Of the segments' text, where log-probabilities were asked for."""
+    num_tokens: int
+    """That were generated."""
+
+
+class Transcript(Protocol):
+    """A transcription under way."""
+
+    id: str
+    duration_s: float
+    """Of the sound."""
+    language: str
+    """Code of what is spoken; known from the first segments on."""
+    num_tokens: int
+    """Generated so far."""
+
+    def __aiter__(self) -> AsyncIterator[HeardWindow]:
+        """Windows with segments as they become final, in order.
+
+        Raises:
+            EngineError, EngineDead, DeadlineExceeded, Overloaded, ModelNotReady: before the end.
+        """
+        ...
+
+    async def collect(self) -> list[HeardWindow]:
+        """All of them. Raises what the iterator raises."""
+        ...
+
+    def abort(self, error: ServeError | None = None) -> None:
+        """End it. Synchronous, idempotent."""
+        ...
