@@ -39,7 +39,7 @@ class GraphWriter:
     def __init__(self, folder: Path, file_name: str = MODEL_FILE, *, lender: "GraphWriter | None" = None) -> None:
         self._path = folder / file_name
         self._lender = lender
-        self._data_path = folder / f"{file_name}.data" if lender is None else lender._data_path
+        self._data_path: Path = folder / f"{file_name}.data" if lender is None else lender._data_path
         self._data = self._data_path.open("xb" if lender is None else "rb")
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}

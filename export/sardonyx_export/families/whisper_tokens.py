@@ -79,8 +79,8 @@ class _Reader:
         timestamp_begin = no_timestamps + 1 if first_timestamp is None else first_timestamp
         if not end < no_timestamps < timestamp_begin < spec.vocab_size:
             raise ExportError(
-                f"has {end} as its end, {no_timestamps} for no timestamps, {timestamp_begin} as the first timestamp; they "
-                f"should ascend, below the model's {spec.vocab_size:,} tokens",
+                f"has {end} as its end, {no_timestamps} for no timestamps, {timestamp_begin} as the first timestamp: "
+                f"they should ascend, below the model's {spec.vocab_size:,} tokens",
                 file=_TOKENIZER,
             )
         is_multilingual = self._is_multilingual()

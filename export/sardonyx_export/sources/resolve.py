@@ -14,13 +14,13 @@ from sardonyx_export.sources.ctranslate2_folder import CTranslate2Folder
 from sardonyx_export.sources.gguf_file import GgufFile, file_sha256
 from sardonyx_export.sources.hub import fetch_snapshot
 from sardonyx_export.sources.model_folder import ModelFolder
-from sardonyx_export.sources.pypi import Progress, fetch_member
+from sardonyx_export.sources.pypi import Package, Progress, fetch_member
 from sardonyx_export.sources.safetensors_folder import SafetensorsFolder
 
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([A-Za-z0-9][\w./-]{0,199}))?", re.ASCII)
-_PYPI = re.compile(
-    r"([A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.!+_-]{0,63})(?:#(.{1,500}))?", re.ASCII
-)
+_PYPI = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.!+_-]{0,63})", re.ASCII)
+_MAX_PACKAGES = 32
+_MAX_PATH_LENGTH = 500
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 _QUANT_SUFFIX = re.compile(r"[.-](?:I?Q\d\w*|F16|F32|BF16|MXFP4\w*|TQ\d_\d)$", re.IGNORECASE)
@@ -50,6 +50,8 @@ class PypiSource(msgspec.Struct, frozen=True, tag=True):
     version: str
     path: str | None = None
     """Of the member; ``None``: the only model in it."""
+    others: tuple[Package, ...] = ()
+    """Further wheels with files of the same folder."""
 
 
 Source = LocalSource | HubSource | PypiSource
@@ -85,10 +87,7 @@ def parse_source(text: str) -> Source:
             raise ExportError(f"{text!r:.200} should be hf:organisation/name or hf:organisation/name@revision")
         return HubSource(hub[1], hub[2])
     if text.startswith("pypi:"):
-        package = _PYPI.fullmatch(text.removeprefix("pypi:"))
-        if package is None or (package[3] and not _is_relative(package[3])):
-            raise ExportError(f"{text!r:.200} should be pypi:name==version or pypi:name==version#path/in/wheel")
-        return PypiSource(package[1], package[2], package[3])
+        return _parse_packages(text)
     if not text or "\0" in text:
         raise ExportError("the source is empty" if not text else "the source is no path")
     if _SCHEME.match(text) and not Path(text).exists():
@@ -99,6 +98,21 @@ def parse_source(text: str) -> Source:
         raise ExportError(f"{text!r:.200} names a home folder that is not known") from error
 
 
+def _parse_packages(text: str) -> PypiSource:
+    listed, has_path, path = text.removeprefix("pypi:").partition("#")
+    places = [_PYPI.fullmatch(each) for each in listed.split(",")]
+    packages = [Package(place[1], place[2]) for place in places if place is not None]
+    is_path = not has_path or (len(path) <= _MAX_PATH_LENGTH and _is_relative(path))
+    if len(packages) != len(places) or len({package.key for package in packages}) != len(packages) or not is_path:
+        raise ExportError(
+            f"{text!r:.200} should be pypi:name==version or pypi:name==version#path/in/wheel; several wheels that hold "
+            "parts of one model, each once, with a comma between them"
+        )
+    if len(packages) > _MAX_PACKAGES:
+        raise ExportError(f"{text!r:.200} names {len(packages)} wheels; {_MAX_PACKAGES} are read at most")
+    return PypiSource(packages[0].name, packages[0].version, path or None, tuple(packages[1:]))
+
+
 def source_uri(source: Source) -> str:
     """How the manifest names it: as given; a local one by its name only, since its path says nothing elsewhere."""
     match source:
@@ -106,8 +120,9 @@ def source_uri(source: Source) -> str:
             return path.resolve().name
         case HubSource(repo_id, revision):
             return f"hf:{repo_id}" + (f"@{revision}" if revision else "")
-        case PypiSource(name, version, path):
-            return f"pypi:{name}=={version}" + (f"#{path}" if path else "")
+        case PypiSource(name, version, path, others):
+            packages = ",".join(map(str, [Package(name, version), *others]))
+            return f"pypi:{packages}" + (f"#{path}" if path else "")
 
 
 def open_source(source: Source, *, sha256: str | None, progress: Progress, file: str | None = None) -> OpenSource:
@@ -115,7 +130,7 @@ def open_source(source: Source, *, sha256: str | None, progress: Progress, file:
 
     Args:
         source: from `parse_source`.
-        sha256: what the wheel or the GGUF file must hash to.
+        sha256: what the wheel or the GGUF file must hash to; of several wheels, the file whose parts they hold.
         progress: of what takes long.
         file: a ready ONNX graph that an ``hf:`` source shall bring along.
 
@@ -138,8 +153,10 @@ def open_source(source: Source, *, sha256: str | None, progress: Progress, file:
             snapshot = fetch_snapshot(repo_id, revision, file=file)
             opened = _open_path(snapshot, source_uri(source))
             return replace(opened, name=model_name(repo_id.partition("/")[2]), revision=snapshot.name)
-        case PypiSource(name, version, path_in_wheel):
-            member, archive = fetch_member(name, version, path_in_wheel, sha256=sha256, progress=progress)
+        case PypiSource(name, version, path_in_wheel, others):
+            member, archive = fetch_member(
+                name, version, path_in_wheel, others=others, sha256=sha256, progress=progress
+            )
             opened = _open_path(member, source_uri(source), licence=archive.licence, sha256=archive.sha256)
             return replace(opened, name=model_name(name)) if opened.name in _GENERIC_STEMS else opened
 

@@ -37,7 +37,9 @@ _IMAGES = """\
 # parameters { key: "max_batch_size" value { string_value: "8" } }
 """
 _SPEECH = """\
-# parameters { key: "max_num_seqs" value { string_value: "8" } }
+# parameters { key: "max_num_seqs" value { string_value: "16" } }
+# parameters { key: "max_batch_windows" value { string_value: "4" } }
+# parameters { key: "kv_cache_bytes" value { string_value: "1GiB" } }
 """
 _MODERATION = """\
 # What a label says about the categories of /v1/moderations, with the score from which each is flagged:

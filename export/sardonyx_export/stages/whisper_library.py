@@ -7,6 +7,7 @@ source's folder is loaded by it, and nothing is fetched.
 import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def library_pass(
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     if missing or unexpected:
         raise ExportError(f"transformers' Whisper has other tensors: {[*missing, *unexpected]!r:.200}")
-    model.eval()
+    model.train(False)
     done = WhisperPass()
     shape = (len(mel), spec.num_positions, spec.num_decoder_heads, spec.head_size)
     with torch.no_grad():
@@ -58,7 +59,7 @@ def library_pass(
     return f"transformers {importlib.metadata.version('transformers')}", done
 
 
-def _sizes(spec: WhisperSpec) -> dict[str, int | str]:
+def _sizes(spec: WhisperSpec) -> dict[str, Any]:  # the library's own parameters, of many types
     """The library's words for a spec."""
     return {
         "vocab_size": spec.vocab_size,

@@ -150,7 +150,7 @@ class _Reference:
         mixed = []
         for row, query in enumerate(np.split(self._linear(h, f"{part}q_proj"), ends)):
             by_head = query.reshape(len(query), -1, spec.head_size).transpose(1, 0, 2) * _scale(spec.head_size)
-            scores = by_head @ key[row]
+            scores: Array = by_head @ key[row]
             for layer, head in self._heads:
                 if layer == index:
                     products.setdefault((layer, head), []).append(scores[head])
@@ -180,22 +180,23 @@ class _Reference:
 
 def _attend(query: Array, key: Array, value: Array, *, num_heads: int, is_causal: bool) -> Array:
     """Self-attention of one row, head by head, so that one square of scores is held. (S, E) each → (S, E)."""
-    mixed = np.empty_like(query)
+    mixed: Array = np.empty_like(query)
     size = query.shape[1] // num_heads
     for head in range(num_heads):
         part = np.s_[:, head * size : (head + 1) * size]
-        scores = (query[part] * _scale(size)) @ key[part].T
+        scaled: Array = query[part] * _scale(size)
+        scores = scaled @ key[part].T
         if is_causal:
             scores[np.triu_indices(len(scores), 1)] = -np.inf
         mixed[part] = _softmax(scores) @ value[part]
     return mixed
 
 
-def _scale(head_size: int) -> np.float32:
-    return np.float32(1 / math.sqrt(head_size))
+def _scale(head_size: int) -> Array:
+    return np.array(1 / math.sqrt(head_size), np.float32)
 
 
 def _softmax(scores: Array) -> Array:
-    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shares: Array = np.exp(scores - scores.max(axis=-1, keepdims=True))
     shares /= shares.sum(axis=-1, keepdims=True)
     return shares

@@ -152,7 +152,7 @@ def test_a_link_in_a_wheel_becomes_a_plain_file(index: Path, tmp_path: Path) -> 
 def test_a_member_that_expands_beyond_reason_is_refused(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sardonyx_export.sources.pypi._EXPANSION_FLOOR_BYTES", 1 << 16)
+    monkeypatch.setattr("sardonyx_export.sources.wheel._EXPANSION_FLOOR_BYTES", 1 << 16)
     path = _wheel(index, {})
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:
         file.writestr("tiny/a.gguf", bytes(8 << 20))
