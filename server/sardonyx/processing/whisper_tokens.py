@@ -46,6 +46,20 @@ class WhisperTokens:
         self.end_id = facts.end_id
         self.languages = list(facts.language_ids) or ["en"]
 
+    @property
+    def previous_id(self) -> int:
+        """In front of the text before the window."""
+        return self._facts.previous_id
+
+    @property
+    def timestamp_begin_id(self) -> int:
+        """The timestamp 0.00."""
+        return self._facts.timestamp_begin_id
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a text token spells, maybe half a character."""
+        return self._tokenizer.token_bytes(token_id)
+
     def start_sequence(self, language: str | None, task: Task, *, has_timestamps: bool) -> list[int]:
         """What stands between the text before the window and the result.
 
