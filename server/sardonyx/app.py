@@ -14,16 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
-from litestar import Litestar
+from litestar import Litestar, Router
 from litestar.config.cors import CORSConfig
 from litestar.di import Provide
 
 from sardonyx.api.auth import Gatekeeper
+from sardonyx.api.form import MAX_PARTS
 from sardonyx.api.front import Front
 from sardonyx.api.kserve.grpc_server import GrpcServer
 from sardonyx.api.kserve.http import KServeHttp, Shortcut, kserve_http
 from sardonyx.api.kserve.service import InferenceService
 from sardonyx.api.metrics_port import serve_metrics
+from sardonyx.api.openai.audio import AudioController
 from sardonyx.api.openai.chat import ChatController
 from sardonyx.api.openai.completions import CompletionsController
 from sardonyx.api.openai.embeddings import EmbeddingsController
@@ -94,6 +96,7 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics, ending:
             EmbeddingsController,
             RerankController,
             ModerationsController,
+            Router("/", route_handlers=[AudioController], request_max_body_size=settings.max_audio_bytes),
             TokensController,
             InternalController,
             BillingController,
@@ -103,6 +106,7 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics, ending:
         dependencies={name: _provide(value) for name, value in given.items()},
         exception_handlers=EXCEPTION_HANDLERS,
         request_max_body_size=settings.max_body_bytes,
+        multipart_form_part_limit=MAX_PARTS,
         cors_config=_cors(settings),
         openapi_config=openapi_config(__version__, needs_key=bool(settings.api_keys)),
         logging_config=None,

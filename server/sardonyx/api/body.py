@@ -88,7 +88,7 @@ def decode_json(body: bytes | msgspec.Raw, decoder: msgspec.json.Decoder[Any]) -
     except RecursionError:  # about a thousand levels
         raise InvalidRequest("the body is nested too deeply") from None
     except msgspec.ValidationError as error:
-        raise _invalid(str(error)) from None
+        raise invalid_field(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         reason = str(error).removeprefix("JSON is malformed: ")
         raise InvalidRequest(f"the body is not JSON: {reason}" if body else "the body is empty; send JSON") from None
@@ -117,7 +117,7 @@ def refuse_fields(body: bytes, refused: Mapping[str, tuple[object, ...]]) -> Non
             raise UnsupportedFeature(f"{name}: not supported by this server; leave it out", param=name)
 
 
-def _invalid(message: str) -> InvalidRequest:
+def invalid_field(message: str) -> InvalidRequest:
     """Turn msgspec's ``Expected `int`, got `str` - at `$.prompt[0]` `` into an error about ``prompt.0``."""
     at = _AT.search(message)
     reason = message[: at.start()] if at else message

@@ -5,7 +5,7 @@ Floor 5. Litestar's schemas of structs leave constraints out; msgspec's say exac
 
 import ast
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +18,11 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 
 from sardonyx.api.body import StrictJson, json_body
+from sardonyx.api.form import MULTIPART
 from sardonyx.api.openai.errors import DECLARED_STATUSES, ErrorBody
 
+_FORM = "form"
+"""Under this name a handler's ``opt`` holds the struct of its form."""
 _REFERENCE = "#/components/schemas/{name}"
 
 
@@ -33,6 +36,11 @@ def answers(reply: Any, media_type: MediaType = MediaType.JSON) -> dict[int, Res
 def json_post(path: str | list[str], body: type[msgspec.Struct], reply: Any, **options: Any) -> post:
     """A POST handler that takes `body` as JSON and answers 200 with `reply`."""
     return post(path, dto=json_body(body), return_dto=None, status_code=200, responses=answers(reply), **options)
+
+
+def form_post(path: str, form: type[msgspec.Struct], reply: Any) -> post:
+    """A POST handler that reads a multipart `form` itself (`api.form.read_form`) and answers 200 with `reply`."""
+    return post(path, return_dto=None, status_code=200, responses=answers(reply), opt={_FORM: form})
 
 
 def openapi_config(version: str, *, needs_key: bool) -> OpenAPIConfig:
@@ -57,9 +65,12 @@ class _Document(JsonRenderPlugin):
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
         if self._rendered is None:
             schemas = openapi_schema["components"]["schemas"]
-            schemas |= body_schemas(_bodies(request.app))
-            for path in openapi_schema["paths"].values():
-                for operation in path.values():
+            forms = _forms(request.app)
+            schemas |= body_schemas([*_bodies(request.app), *forms.values()])
+            for path, operations in openapi_schema["paths"].items():
+                if path in forms:
+                    _declare_form(operations["post"], forms[path].__name__)
+                for operation in operations.values():
                     _declare_stream(operation, schemas)
             self._rendered = msgspec.json.encode(openapi_schema)
         return self._rendered
@@ -79,15 +90,32 @@ def body_schemas(bodies: Iterable[type[msgspec.Struct]]) -> dict[str, Any]:
     return components
 
 
+def _handlers(app: Litestar) -> Iterator[HTTPRouteHandler]:
+    for route in app.routes:
+        for handler in getattr(route, "route_handlers", ()):
+            if isinstance(handler, HTTPRouteHandler):
+                yield handler
+
+
+def _forms(app: Litestar) -> dict[str, type[msgspec.Struct]]:
+    """By path."""
+    return {path: handler.opt[_FORM] for handler in _handlers(app) if _FORM in handler.opt for path in handler.paths}
+
+
+def _declare_form(operation: dict[str, Any], name: str) -> None:
+    schema = {"$ref": _REFERENCE.format(name=name)}
+    operation["requestBody"] = {"required": True, "content": {MULTIPART: {"schema": schema}}}
+
+
 def _bodies(app: Litestar) -> list[type[msgspec.Struct]]:
-    handlers = (handler for route in app.routes for handler in getattr(route, "route_handlers", ()))
-    transfers = (handler.resolve_data_dto() for handler in handlers if isinstance(handler, HTTPRouteHandler))
+    transfers = (handler.resolve_data_dto() for handler in _handlers(app))
     return [dto.model_type for dto in transfers if dto is not None and issubclass(dto, StrictJson)]
 
 
 def _declare_stream(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
     """Where a body may ask for a stream, the answer may be one."""
-    reference = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+    content = operation.get("requestBody", {}).get("content", {})
+    reference: dict[str, str] = next((each.get("schema", {}) for each in content.values()), {})
     body = schemas.get(reference.get("$ref", "").rpartition("/")[2], {})
     if "stream" in body.get("properties", {}):
         operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}

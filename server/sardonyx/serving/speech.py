@@ -23,6 +23,8 @@ from sardonyx.tensors import InferenceTimes
 
 _LIKELY_BYTES_PER_S = 16_000
 """Of a compressed sound; only good until it is decoded."""
+_PROMPT_CHARS = 4096
+"""Of a text before the sound, its end: the decoder takes 223 tokens of it."""
 
 
 class SpeechLoop(Protocol):
@@ -221,12 +223,18 @@ class SpeechModel:
         return ModelNotReady(f"model {self.name} is being unloaded")
 
 
-def _hear(data: bytes, limits: AudioLimits, chunking: VoiceOptions | None, num_mels: int, deadline_s: float) -> Sound:
+def _hear(
+    data: bytes,
+    limits: AudioLimits,
+    options: TranscriptionOptions,
+    tokens: WhisperTokens,
+    num_mels: int,
+    deadline_s: float,
+) -> Sound:
+    prompt_ids = tokens.prompt(options.prompt[-_PROMPT_CHARS:])
     samples = decode_audio(data, limits, is_over=lambda: time.monotonic() > deadline_s)
-    spans = None
-    if chunking is not None:
-        spans = [frames_of(span, SAMPLE_RATE) for span in cut_windows(samples, chunking)]
     num_frames = len(samples) * FRAMES_PER_S // SAMPLE_RATE
-    if spans:
-        spans[-1] = type(spans[-1])(spans[-1].start, min(spans[-1].end, num_frames))
-    return Sound(log_mel(samples, num_mels), num_frames, len(samples) / SAMPLE_RATE, spans)
+    spans = None
+    if options.chunking is not None:
+        spans = [frames_of(span, num_frames) for span in cut_windows(samples, options.chunking)]
+    return Sound(log_mel(samples, num_mels), num_frames, len(samples) / SAMPLE_RATE, spans, prompt_ids)

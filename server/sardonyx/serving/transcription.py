@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sardonyx.core import FinishReason
 from sardonyx.errors import EngineDead, EngineError, RequestAborted, ServeError
 from sardonyx.metrics import ModelMetrics
-from sardonyx.processing.log_mel import FRAMES_PER_S, WINDOW_FRAMES, window_at
+from sardonyx.processing.log_mel import FRAMES_PER_S, SAMPLE_RATE, WINDOW_FRAMES, window_at
 from sardonyx.processing.voice_activity import Span
 from sardonyx.serving.admission import Reservation
 from sardonyx.serving.engine_errors import deadline_exceeded
@@ -225,7 +225,7 @@ class Transcription:
         logger.info("request ended: %s", " ".join(f"{name}={value}" for name, value in fields.items()), extra=fields)
 
 
-def frames_of(span: Span, sample_rate: int) -> Span:
-    """A span of samples as one of frames, no sample of it left out."""
-    hop = sample_rate // FRAMES_PER_S
-    return Span(span.start // hop, -(-span.end // hop))
+def frames_of(span: Span, num_frames: int) -> Span:
+    """A span of samples as one of frames, of which the sound has so many. No whole frame of it is left out."""
+    hop = SAMPLE_RATE // FRAMES_PER_S
+    return Span(span.start // hop, min(-(-span.end // hop), num_frames))

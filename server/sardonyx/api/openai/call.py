@@ -72,7 +72,7 @@ class TextCall(ABC, Generic[Body]):
             self.generation.abort()
         return Response(content, media_type="application/json", status_code=200)
 
-    def _event_stream(self, stream: OpenStream) -> EventStream:
+    def _event_stream(self, stream: OpenStream[TextChunk]) -> EventStream[TextChunk]:
         options = self.body.stream_options
         include_usage = bool(options and options.include_usage)
         usage = self.generation.usage

@@ -1,4 +1,4 @@
-"""A generation as server-sent events.
+"""A generation or a transcription as server-sent events.
 
 Floor 5. Every token of every stream passes here, so a frame is put together from bytes that were encoded once for the
 stream and the little that is new; Litestar's own classes would split, join and re-encode each one.
@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 from litestar import Response
@@ -19,8 +19,7 @@ from sardonyx.api.disconnect import while_connected
 from sardonyx.api.openai.errors import encode_error
 from sardonyx.api.openai.replies import usage_reply
 from sardonyx.errors import RequestAborted, ServeError
-from sardonyx.serving.generation import Generation
-from sardonyx.serving.options import TextChunk, Usage
+from sardonyx.serving.options import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +29,23 @@ PING_INTERVAL_S = 15.0
 """Proxies cut a silent connection after 30 to 60 s; a long prompt in a full queue may take longer than that."""
 
 encode = msgspec.json.Encoder().encode
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Streamable(Protocol[T_co]):
+    """What comes piece by piece: a `serving.generation.Generation`, a `serving.tasks.Transcript`."""
+
+    id: str
+
+    def __aiter__(self) -> AsyncIterator[T_co]:
+        """Raises ServeErrors."""
+        ...
+
+    def abort(self) -> None:
+        """End it; synchronous, idempotent."""
+        ...
 
 
 class Frames:
@@ -67,47 +83,53 @@ class Frames:
         return b'],"usage":' + encode(usage_reply(usage)) + b"}\n\n"
 
 
-class OpenStream:
-    """A generation whose first chunk is there, or whose client has waited long enough to be told that it is coming."""
+class OpenStream(Generic[T]):
+    """A source whose first chunk is there, or whose client has waited long enough to be told that it is coming."""
 
-    def __init__(self, generation: Generation) -> None:
-        self.generation = generation
-        self._chunks = aiter(generation)
-        self._first: asyncio.Future[TextChunk] | None = None
+    def __init__(self, source: Streamable[T]) -> None:
+        self.source = source
+        self._chunks = aiter(source)
+        self._first: asyncio.Future[T] | None = None
 
     async def wait(self) -> None:
         """Wait for the first chunk, but not too long: until the answer has begun, an error can still have its status.
 
         Raises:
-            ServeError: the generation ended before it gave anything.
+            ServeError: the source ended before it gave anything.
         """
         first = asyncio.ensure_future(anext(self._chunks))
         try:
             await asyncio.wait({first}, timeout=PING_INTERVAL_S)
             if first.done():
                 first.result()
+        except StopAsyncIteration:
+            return  # it gave nothing, and that is no error: nobody spoke
         except BaseException:
             first.cancel()
-            self.generation.abort()
+            self.source.abort()
             raise
         self._first = first
 
-    async def chunks(self) -> AsyncIterator[TextChunk]:
+    async def chunks(self) -> AsyncIterator[T]:
         """The first chunk and all others."""
         if self._first is not None:
-            yield await self._first
+            try:
+                first = await self._first
+            except StopAsyncIteration:
+                return
+            yield first
         async for chunk in self._chunks:
             yield chunk
 
     def close(self) -> None:
-        """End the generation if it has not ended; synchronous."""
+        """End the source if it has not ended; synchronous."""
         if self._first is not None and not self._first.done():
             self._first.cancel()
-        self.generation.abort()
+        self.source.abort()
 
 
-class EventStream(Response[bytes]):
-    """The answer to a request with ``stream: true``. However it is left, its generation ends.
+class EventStream(Response[bytes], Generic[T]):
+    """The answer to a request with ``stream: true``. However it is left, its source ends.
 
     Args:
         frame: bytes for a chunk, none where there is nothing to tell yet.
@@ -115,7 +137,7 @@ class EventStream(Response[bytes]):
     """
 
     def __init__(
-        self, stream: OpenStream, *, frame: Callable[[TextChunk], bytes], last: Callable[[], bytes] = lambda: b""
+        self, stream: OpenStream[T], *, frame: Callable[[T], bytes], last: Callable[[], bytes] = lambda: b""
     ) -> None:
         super().__init__(
             b"",
@@ -131,11 +153,11 @@ class EventStream(Response[bytes]):
         return _EventStreamResponse(*self._parts, headers=self.headers, media_type=self.media_type)
 
 
-class _EventStreamResponse(ASGIResponse):
+class _EventStreamResponse(ASGIResponse, Generic[T]):
     _should_set_content_length = False
 
     def __init__(
-        self, stream: OpenStream, frame: Callable[[TextChunk], bytes], last: Callable[[], bytes], **kwargs: Any
+        self, stream: OpenStream[T], frame: Callable[[T], bytes], last: Callable[[], bytes], **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self._stream = stream
@@ -149,7 +171,7 @@ class _EventStreamResponse(ASGIResponse):
             await self.start_response(send)
             await while_connected(receive, self._send_frames(send))
         except RequestAborted:
-            logger.debug("%s: the client left its stream", self._stream.generation.id)
+            logger.debug("%s: the client left its stream", self._stream.source.id)
         finally:
             keeper.cancel()
             self._stream.close()
@@ -164,7 +186,7 @@ class _EventStreamResponse(ASGIResponse):
         except Exception as error:
             # The status is long sent; a client that reads only text would take a cut stream for a complete answer.
             if not isinstance(error, ServeError):
-                logger.exception("%s failed in its stream", self._stream.generation.id)
+                logger.exception("%s failed in its stream", self._stream.source.id)
             data = b"data: " + encode_error(error) + b"\n\n"
         await self._send(send, data + DONE, more_body=False)
 
