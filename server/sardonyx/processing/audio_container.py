@@ -5,7 +5,8 @@ nothing is stated, by design (MP3 without an index, ADTS, AMR) or because it was
 all ones, or of 2 GB and more, as writers put it that cannot go back), what is there is the sound.
 
 Source: RIFF and "Multimedia Programming Interface and Data Specifications 1.0"; EBU Tech 3306 (RF64); "Audio
-Interchange File Format 1.3"; RFC 3533 (Ogg); ISO/IEC 14496-12 (boxes); RFC 8794 (EBML).
+Interchange File Format 1.3"; Apple, "Core Audio Format Specification"; RFC 3533 (Ogg); ISO/IEC 14496-12 (boxes);
+RFC 8794 (EBML).
 """
 
 import struct
@@ -22,6 +23,7 @@ _SLACK_BYTES = 64
 _OGG_FIRST_PAGE = b"OggS\0\x02"
 _MP3_SLACK_BYTES = 2 * 1441
 """Two frames, the longest that there are: writers differ in what the index counts."""
+_TAGS_BEHIND_MP3 = (b"TAG", b"APETAGEX", b"LYRICSBEGIN")
 _ID3_HEADER_BYTES = 10
 _MOV_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 _EBML_ID, _SEGMENT_ID = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
@@ -56,6 +58,8 @@ def is_cut_short(kind: Kind, data: bytes) -> bool:
             case "au":
                 offset, size = struct.unpack_from(">II", data, 4)
                 return bool(size < _UNKNOWN_SIZE and offset + size > len(data) + _SLACK_BYTES)
+            case "caf":
+                return _caf_lacks(data)
             case "ogg" | "chained ogg":
                 return _ogg_lacks(data)
             case "mp3":
@@ -90,7 +94,8 @@ def mp3_without_short_index(data: bytes) -> tuple[bytes, bool]:
         return data, False
     if data[at + 7] & 2:
         (stated,) = struct.unpack_from(">I", data, at + 12)
-        if len(data) - start > stated * 1.01 + (64 << 10):
+        end = start + stated
+        if len(data) - end > _MP3_SLACK_BYTES and not data.startswith(_TAGS_BEHIND_MP3, end):
             return data[:at] + bytes(4) + data[at + 4 :], False
     return data, True
 
@@ -151,6 +156,17 @@ def _riff_lacks(data: bytes) -> bool:
         known: bool = data[12:16] == b"ds64" and size < _UNKNOWN_SIZE
         return known and found is not None and found[0] + size > len(data) + _SLACK_BYTES
     return _chunk_lacks(data, "<4sI", b"data")
+
+
+def _caf_lacks(data: bytes) -> bool:
+    """Sizes have 64 bits and no padding; -1 stands for the rest of the file."""
+    at = 8
+    for _ in range(_MAX_CHUNKS):
+        name, size = struct.unpack_from(">4sq", data, at)
+        at += 12 + max(0, size)
+        if name == b"data" or at >= len(data):
+            return bool(at > len(data))
+    return False
 
 
 def _ogg_lacks(data: bytes) -> bool:
