@@ -8,6 +8,7 @@ import numpy as np
 import soundfile
 
 SAMPLE_RATE = 16_000
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
 
 
 def tones(rate: int, duration_s: float, channels: int = 1) -> np.ndarray:
@@ -28,14 +29,14 @@ def sndfile_bytes(samples: np.ndarray, rate: int, container: str, subtype: str |
 def ffmpeg_bytes(
     samples: np.ndarray | None, rate: int, container: str, codec: str, *, has_picture: bool = False, **options: str
 ) -> bytes:
-    """Written by FFmpeg, mono or stereo; with or without sound and a black picture."""
+    """Written by FFmpeg, with 1, 2, 6 or 8 channels; with or without sound and a black picture."""
     file = io.BytesIO()
     with av.open(file, "w", format=container, options=options) as output:
         # All streams are there before the first packet.
         picture = output.add_stream("mpeg4", rate=5) if has_picture else None
         stream = None
         if samples is not None:
-            stream = output.add_stream(codec, rate=rate, layout="mono" if samples.shape[1] == 1 else "stereo")
+            stream = output.add_stream(codec, rate=rate, layout=LAYOUTS[samples.shape[1]])
         if picture is not None:
             picture.width = picture.height = 64
             picture.pix_fmt = "yuv420p"
@@ -49,7 +50,7 @@ def ffmpeg_bytes(
 def _packets(samples: np.ndarray, stream: av.AudioStream) -> list[av.Packet]:
     context = stream.codec_context
     layout, rate = context.layout.name, context.sample_rate
-    whole = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.T), format="fltp", layout=layout)
+    whole = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="flt", layout=layout)
     whole.sample_rate, whole.pts, whole.time_base = rate, 0, Fraction(1, rate)
     resampler = av.AudioResampler(context.format, layout, rate, context.frame_size or 1024)
     frames = [*resampler.resample(whole), *resampler.resample(None)]

@@ -114,11 +114,18 @@ def test_channels_are_averaged(channels):
     assert snr_db(decode_audio(wav(16_000, 1.0, "FLOAT", channels), LIMITS)) > 90
 
 
-def test_stereo_is_averaged_when_ffmpeg_reads_it():
-    planar = decode_audio(ffmpeg_bytes(tones(48_000, 1.0, 2), 48_000, "mp4", "alac"), LIMITS)
-    packed = decode_audio(ffmpeg_bytes(tones(48_000, 1.0, 2), 48_000, "mov", "pcm_s16le"), LIMITS)
-    assert snr_db(planar) > 75
-    assert snr_db(packed) > 75
+@pytest.mark.parametrize(
+    ("container", "codec", "channels"),
+    [("mp4", "alac", 2), ("mov", "pcm_s16le", 2), ("matroska", "flac", 6), ("matroska", "flac", 8)],
+)
+def test_channels_are_averaged_when_ffmpeg_reads_them(container, codec, channels):
+    data = ffmpeg_bytes(tones(48_000, 1.0, channels), 48_000, container, codec)
+    assert snr_db(decode_audio(data, LIMITS)) > 75
+
+
+def test_eight_planes_are_averaged():
+    data = ffmpeg_bytes(tones(48_000, 1.0, 8), 48_000, "mp4", "libopus")
+    assert snr_db(decode_audio(data, LIMITS)) > 20
 
 
 def test_a_tag_in_front_is_passed_over():

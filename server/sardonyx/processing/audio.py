@@ -250,7 +250,8 @@ def _ffmpeg_blocks(kind: Kind, data: bytes) -> Generator[Block]:
                         raise
                     is_broken, frames = True, []
                 for frame in frames:
-                    yield frame.sample_rate, _values(frame)
+                    for plain in [frame] if _has_countable_planes(frame) else _interleaved(frame):
+                        yield plain.sample_rate, _values(plain)
     except (av.error.FFmpegError, ValueError, TypeError, RuntimeError, OSError):
         raise _damaged() from None
 
@@ -268,6 +269,17 @@ def _first_sound(container: "av.container.InputContainer") -> "av.AudioStream":
         _check_format(context.sample_rate, context.layout.nb_channels)
     context.thread_count = 1
     return stream
+
+
+def _has_countable_planes(frame: "av.AudioFrame") -> bool:
+    """PyAV counts planes until a pointer is null; from eight on there is none, and it reads beyond them."""
+    return not frame.format.is_planar or frame.layout.nb_channels < 8
+
+
+def _interleaved(frame: "av.AudioFrame") -> "list[av.AudioFrame]":
+    import av
+
+    return av.AudioResampler("flt", frame.layout, frame.sample_rate).resample(frame)
 
 
 def _values(frame: "av.AudioFrame") -> Floats:
