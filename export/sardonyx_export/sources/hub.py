@@ -9,8 +9,8 @@ from pathlib import Path
 
 from sardonyx_export.errors import ExportError
 
-ALLOW_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "README.md")
-"""README.md is the model card: the licence stands in it."""
+ALLOW_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "model.bin", "tokenizer.model", "README.md")
+"""README.md is the model card: the licence stands in it. ``model.bin`` is CTranslate2's; pickles have other names."""
 IGNORE_PATTERNS = ("[!0-9]*/*", "consolidated*.safetensors")
 """Subfolders hold other formats of the same weights, and so does Mistral's consolidated file. Those whose name begins
 with a number, as in ``1_Pooling``, are sentence-transformers' modules."""

@@ -69,6 +69,7 @@ def test_a_model_that_is_not_cached_is_refused_offline(tmp_path: Path) -> None:
         ("tokenizer.model", True),
         ("chat_template.jinja", True),
         ("README.md", True),
+        ("model.bin", True),
         ("pytorch_model.bin", False),
         ("model.pt", False),
         ("model.pth", False),
