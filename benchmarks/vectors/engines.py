@@ -2,19 +2,16 @@
 
 import asyncio
 import base64
-import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import aiohttp
 import numpy as np
 import numpy.typing as npt
 
-from v2.servers import Server, free_ports
+from line_process import LineProcess
+from our_server import OurServer
 
 Vectors = npt.NDArray[np.float32]
 
@@ -44,19 +41,11 @@ class Library:
 
     def __init__(self, name: str, python: str, folder: Path, threads: int, log: Path) -> None:
         self.name = name
-        self.command = [python, str(Path(__file__).parent / "rivals.py"), name, str(folder), str(threads)]
-        variables = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "true",
-        }
-        self._process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, env=variables
-        )
-        self._read()
+        script = Path(__file__).parent / "rivals.py"
+        self._process = LineProcess([python, str(script), name, str(folder), str(threads)], threads, log)
 
     def embed(self, texts: list[str]) -> tuple[float, Vectors]:
-        answer = self._ask({"texts": texts})
+        answer = self._process.ask({"texts": texts})
         vectors = np.frombuffer(base64.b64decode(answer["vectors"]), np.float32)
         return answer["seconds"], vectors.reshape(len(texts), -1)
 
@@ -64,45 +53,15 @@ class Library:
         return [1e3 * self.embed([text])[0] for text in texts]
 
     def serve(self, texts: list[str], at_s: list[float]) -> list[float]:
-        taken: list[float] = self._ask({"texts": texts, "at_s": at_s})["latency_ms"]
+        taken: list[float] = self._process.ask({"texts": texts, "at_s": at_s})["latency_ms"]
         return taken
 
     def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{' '.join(self.command)} died")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
-class OurServer:
-    """`sardonyx serve` over a repository of embedding models, asked over HTTP with base64, as OpenAI's client does."""
-
-    def __init__(self, repository: Path, threads: int, log: Path) -> None:
-        http_port, grpc_port = free_ports(2)
-        command = [sys.executable, "-m", "sardonyx", "serve", str(repository), "--port", str(http_port)]
-        command += ["--grpc-port", str(grpc_port), "--num-threads", str(threads)]
-        self._server = Server(command, {}, log, http_port=http_port, grpc_port=grpc_port)
-        self.command = command
-        self.url = f"http://127.0.0.1:{http_port}/v1/embeddings"
-
-    def stop(self) -> None:
-        self._server.stop()
+        self._process.stop()
 
 
 class Ours:
-    """One model of `OurServer`."""
+    """One model of our server, asked over HTTP with base64, as OpenAI's client does."""
 
     def __init__(self, name: str, server: OurServer, model: str) -> None:
         self.name = name
@@ -149,7 +108,7 @@ class Ours:
 
     async def _post(self, session: aiohttp.ClientSession, texts: list[str]) -> Vectors:
         body = {"model": self._model, "input": texts, "encoding_format": "base64"}
-        async with session.post(self._server.url, json=body) as response:
+        async with session.post(f"{self._server.url}/v1/embeddings", json=body) as response:
             answer = await response.json()
             if response.status != 200:
                 raise SystemExit(f"{self.name}: {response.status}: {answer}")
