@@ -336,9 +336,11 @@ def test_a_frame_of_millions_of_samples_is_refused():
 WHOLE_ALAC = ffmpeg_bytes(tones(48_000, 1.0), 48_000, "mp4", "alac")
 
 
-def test_a_codec_that_is_not_named_is_refused():
+def test_a_codec_that_is_not_named_or_not_known_is_refused():
     with pytest.raises(InvalidRequest, match="coded in a way"):
         decode_audio(ffmpeg_bytes(tones(48_000, 1.0), 48_000, "matroska", "ac3"), LIMITS)
+    with pytest.raises(InvalidRequest, match="coded in a way"):
+        decode_audio(WHOLE["webm"]().replace(b"A_OPUS", b"A_OPAL"), LIMITS)
 
 
 def test_a_film_without_sound_is_refused():

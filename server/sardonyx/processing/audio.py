@@ -261,7 +261,8 @@ def _first_sound(container: "av.container.InputContainer") -> "av.AudioStream":
         raise _invalid("the file has no sound in it")
     stream = container.streams.audio[0]
     context = stream.codec_context
-    if context.name not in _FFMPEG_CODECS:
+    # PyAV's types do not say so: there is none for a code that FFmpeg knows no decoder of.
+    if context is None or context.name not in _FFMPEG_CODECS:
         raise _invalid("the file's sound is coded in a way that is not read")
     if context.name == "alac" and int.from_bytes((context.extradata or b"")[12:16], "big") > _ALAC_FRAME_SAMPLES:
         raise _damaged()
