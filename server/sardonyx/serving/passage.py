@@ -25,7 +25,7 @@ from sardonyx.processing.whisper_tokens import WhisperTokens
 from sardonyx.processing.word_timing import AlignedWindow, aligner_ids, words_of_segments
 from sardonyx.serving.options import TokenInfo
 from sardonyx.serving.pool import WorkerPool
-from sardonyx.serving.speech_requests import MAX_NEW_TOKENS, SpeechRequests
+from sardonyx.serving.speech_requests import SpeechRequests
 from sardonyx.serving.tasks import HeardWindow, TranscriptionOptions
 from sardonyx.speech import Alignment, Floats, Window
 
@@ -77,12 +77,16 @@ class Passage:
         tools: the model's.
         hearing: the call's.
         first: a window that was encoded already, if the passage begins with it.
+        begins_call: the call has asked the engine for nothing yet.
     """
 
-    def __init__(self, tools: SpeechTools, hearing: Hearing, first: Window | None = None) -> None:
+    def __init__(
+        self, tools: SpeechTools, hearing: Hearing, first: Window | None = None, *, begins_call: bool = False
+    ) -> None:
         self._tools = tools
         self._hearing = hearing
         self._first = first
+        self._begins_call = begins_call
         self._last_speech_s = 0.0
         options = hearing.options
         self._start_ids = tools.tokens.start_sequence(
@@ -139,7 +143,8 @@ class Passage:
 
     async def _try(self, window: Window, context: list[int], temperature: float) -> WindowResult:
         tools, options = self._tools, self._hearing.options
-        room = tools.max_model_len - MAX_NEW_TOKENS - 1
+        # One half of what the decoder sees is for the text before, with its mark; the other one for the result.
+        room = tools.max_model_len // 2 - 1
         prompt_ids = [tools.tokens.previous_id, *context[-room:], *self._start_ids] if context else self._start_ids
         event = await tools.requests.text(
             window,
@@ -148,7 +153,9 @@ class Passage:
             temperature=temperature,
             seed=options.seed,
             flow=self._hearing.flow,
+            is_first=self._begins_call,
         )
+        self._begins_call = False
         text = tools.tokens.text(event.token_ids).strip()
         return WindowResult(
             token_ids=event.token_ids,

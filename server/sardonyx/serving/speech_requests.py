@@ -11,9 +11,6 @@ from sardonyx.serving.dispatch import EventDispatch
 from sardonyx.serving.engine_errors import error_of
 from sardonyx.speech import Alignment, SpeechEvent, SpeechRequest, SpeechTask, Window
 
-MAX_NEW_TOKENS = 224
-"""Of a window: half of what the decoder sees; the other half is for the text before it. Source: openai-whisper."""
-
 
 class SpeechRequests:
     """Submits the requests of one model, and waits for their answers.
@@ -48,32 +45,33 @@ class SpeechRequests:
         temperature: float,
         seed: int | None,
         flow: int,
+        is_first: bool = False,
     ) -> SpeechEvent:
-        """What is said in a window."""
+        """What is said in a window: as many tokens as half of what the decoder sees. `is_first` of its call."""
         model = self._model
         return await self._run(
             SpeechRequest(
                 id=self._new_id(),
                 prompt_ids=prompt_ids,
                 sampling=SamplingParams(temperature=temperature, seed=seed),
-                max_tokens=min(MAX_NEW_TOKENS, model.max_model_len - len(prompt_ids)),
+                max_tokens=min(model.max_model_len // 2, model.max_model_len - len(prompt_ids)),
                 stop_token_ids=frozenset({model.end_id}),
                 window=window,
                 has_timestamps=has_timestamps,
                 flow=flow,
+                start_by_s=self._start_by_s() if is_first else None,
             )
         )
 
     async def languages(self, window: Window, flow: int) -> dict[int, float]:
-        """How likely each language is, by token id."""
-        start_by_s = self._dispatch.clock() + self._queue_timeout_s
+        """How likely each language is, by token id. A call's first request."""
         request = SpeechRequest(
             id=self._new_id(),
             prompt_ids=[self._model.start_id],
             window=window,
             task=SpeechTask.LANGUAGES,
             flow=flow,
-            start_by_s=start_by_s,
+            start_by_s=self._start_by_s(),
         )
         return (await self._run(request)).language_probs
 
@@ -85,6 +83,9 @@ class SpeechRequests:
         found = (await self._run(request)).alignment
         assert found is not None, "an alignment that did not fail is there"
         return found
+
+    def _start_by_s(self) -> float:
+        return self._dispatch.clock() + self._queue_timeout_s
 
     def _new_id(self) -> str:
         return f"window-{next(self._numbers)}"

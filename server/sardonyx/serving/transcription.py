@@ -148,7 +148,9 @@ class Transcription:
         language, first = await self._choose_language(spans[0])
         self.language = language or "en"
         hearing = Hearing(sound.spectrogram, language, sound.prompt_ids, self._options, self._flow)
-        passages = [Passage(self._runtime.tools, hearing, first if index == 0 else None) for index in range(len(spans))]
+        tools = self._runtime.tools
+        passages = [Passage(tools, hearing, first, begins_call=first is None)]
+        passages += [Passage(tools, hearing) for _ in spans[1:]]
         if len(spans) == 1:
             async for window in passages[0].windows(spans[0].start, spans[0].end):
                 self._deliver(window)
