@@ -9,6 +9,7 @@ another temperature, or its words, cost no second encoding.
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import msgspec
 
@@ -52,8 +53,9 @@ class _Entry:
 class SpeechPolicy:
     """A `sardonyx.engine.loop.Policy` over `SpeechRequest`s.
 
-    Who starts next: of the calls (`SpeechRequest.flow`) that have the fewest sequences running, the request that was
-    submitted first. Encoding goes before a pass, but never twice in a row while sequences run.
+    Who starts next: of the calls (`SpeechRequest.flow`) that have the fewest sequences running, the one whose last turn
+    was first, with its oldest request. Encoding and aligning go before a pass, but never twice in a row while sequences
+    run.
 
     Args:
         limits: the runner's.
@@ -74,8 +76,8 @@ class SpeechPolicy:
         self._num_places = min(options.max_num_seqs, limits.num_slots)
         self._max_batch_windows = options.max_batch_windows
         self._entries: dict[str, _Entry] = {}
-        self._waiting: dict[str, _Entry] = {}
-        """In the order of submission."""
+        self._waiting: dict[int, dict[str, _Entry]] = {}
+        """By flow, next turn first; the requests of each by id, oldest first."""
         self._unaligned: deque[_Entry] = deque()
         self._slots: list[_Entry | None] = []
         """Who runs where; ends with one that runs."""
@@ -83,6 +85,8 @@ class SpeechPolicy:
         self._events: list[SequenceEvent] = []
         self._is_pass_due = False
         """The last step was no pass: those that run have the next one."""
+        self._is_encoding_due = False
+        """The last step that was no pass aligned words."""
         self._prompt_tokens = 0
         self._generated_tokens = 0
 
@@ -111,7 +115,7 @@ class SpeechPolicy:
         if request.task is SpeechTask.ALIGNMENT:
             self._unaligned.append(entry)
         else:
-            self._waiting[request.id] = entry
+            self._waiting.setdefault(request.flow, {})[request.id] = entry
         self._deadlines.add(request)
 
     def abort(self, request_id: str) -> None:
@@ -124,17 +128,22 @@ class SpeechPolicy:
         """Choose what the next step does, or ``None`` when no sequence is left."""
         for sequence, what in self._deadlines.late(now_s):
             self._end(self._entries[sequence.request.id], FinishReason.CANCELLED, what)
-        if not self._is_pass_due:
-            batch = self._align(now_s) or self._encode()
-            if batch is not None:
-                self._is_pass_due = True
-                return batch
-        self._is_pass_due = False
-        placements = self._place(now_s)
-        if not self._slots:
-            return self._align(now_s) or self._encode()
-        rows = [BatchRow(entry.sequence, entry.sequence.num_pending_tokens) for entry in self._running]
-        return SpeechBatch(placements=placements, rows=rows)
+        batch = None if self._is_pass_due else self._prepare(now_s)
+        if batch is None:
+            placements = self._place(now_s)
+            if self._slots:
+                self._is_pass_due = False
+                rows = [BatchRow(entry.sequence, entry.sequence.num_pending_tokens) for entry in self._running]
+                return SpeechBatch(placements=placements, rows=rows)
+            batch = self._prepare(now_s)
+        self._is_pass_due = batch is not None
+        return batch
+
+    def _prepare(self, now_s: float) -> SpeechBatch | None:
+        """A step that is no pass: words and windows in turn, where there are both."""
+        batch = (self._encode() if self._is_encoding_due else None) or self._align(now_s) or self._encode()
+        self._is_encoding_due = batch is not None and batch.aligned is not None
+        return batch
 
     def _align(self, now_s: float) -> SpeechBatch | None:
         if not self._unaligned:
@@ -157,19 +166,25 @@ class SpeechPolicy:
 
     def _next(self, num_places: int) -> Iterator[_Entry]:
         """Those that start next, as many as there are places."""
-        if num_places <= 0 or not self._waiting:
-            return
-        lines: dict[int, deque[_Entry]] = {}
-        for entry in self._waiting.values():
-            lines.setdefault(entry.request.flow, deque()).append(entry)
+        lines = {flow: deque(islice(line.values(), max(0, num_places))) for flow, line in self._waiting.items()}
         num_running = Counter(entry.request.flow for entry in self._running)
-        for _ in range(min(num_places, len(self._waiting))):
-            # Of equals the first: lines are in the order of their oldest.
-            flow = min(lines, key=num_running.__getitem__)
+        while num_places > 0 and lines:
+            flow = min(lines, key=num_running.__getitem__)  # of equals the first
+            line = lines.pop(flow)
+            yield line.popleft()
+            num_places -= 1
             num_running[flow] += 1
-            yield lines[flow].popleft()
-            if not lines[flow]:
-                del lines[flow]
+            if line:
+                lines[flow] = line
+
+    def _leave(self, entry: _Entry) -> bool:
+        """Take a sequence out of its line, if it is in one."""
+        line = self._waiting.get(entry.request.flow, {})
+        if line.pop(entry.request.id, None) is None:
+            return False
+        if not line:
+            del self._waiting[entry.request.flow]
+        return True
 
     def _place(self, now_s: float) -> list[Placement]:
         """Start who can, in the gaps first, and close the gaps that are left."""
@@ -184,7 +199,9 @@ class SpeechPolicy:
             else:
                 slot = len(self._slots)
                 self._slots.append(entry)
-            del self._waiting[entry.request.id]
+            self._leave(entry)
+            if (line := self._waiting.pop(entry.request.flow, None)) is not None:
+                self._waiting[entry.request.flow] = line  # its turn is over
             _start(entry.sequence, now_s)
             entry.sequence.slot, entry.sequence.state = slot, SequenceState.RUNNING
             self._prompt_tokens += entry.sequence.num_prompt_tokens
@@ -272,8 +289,9 @@ class SpeechPolicy:
         del self._entries[request.id]
         if sequence.state is SequenceState.RUNNING:
             self._slots[sequence.slot] = None
+            sequence.slot = -1
             self._trim()
-        elif self._waiting.pop(request.id, None) is None and entry in self._unaligned:
+        elif not self._leave(entry) and entry in self._unaligned:
             self._unaligned.remove(entry)
         sequence.state = SequenceState.FINISHED
         event = SpeechEvent(
