@@ -19,6 +19,7 @@ from sardonyx.processing.transcript import (
     is_silence,
     needs_fallback,
     seek_after_words,
+    speech_end_s,
     split_window,
 )
 from sardonyx.processing.whisper_tokens import WhisperTokens
@@ -68,6 +69,8 @@ class WindowResult:
     avg_logprob: float
     compression_ratio: float
     no_speech_prob: float
+    is_loop: bool
+    """Decoding was ended, for it said the same again and again."""
 
 
 class Passage:
@@ -131,7 +134,7 @@ class Passage:
         result = None
         for temperature in options.temperatures:
             result = await self._try(window, context, temperature)
-            if not needs_fallback(
+            if not result.is_loop and not needs_fallback(
                 options.thresholds,
                 avg_logprob=result.avg_logprob,
                 compression_ratio=result.compression_ratio,
@@ -165,6 +168,7 @@ class Passage:
             avg_logprob=sum(event.token_logprobs) / (len(event.token_ids) + 1),
             compression_ratio=compression_ratio(text),
             no_speech_prob=event.no_speech_prob,
+            is_loop=event.is_loop,
         )
 
     def _segments(self, split: WindowSplit, result: WindowResult, seek: int) -> list[Segment]:
@@ -217,5 +221,5 @@ def _put_words(
     """Put words into the segments; when the last of them ends."""
     aligned = AlignedWindow(alignment.attention, alignment.logprobs, num_frames // 2)
     words_of_segments(segments, aligned, tokens, language=language, last_speech_s=last_speech_s)
-    ends = [word.end_s for segment in segments for word in segment.words or []]
-    return ends[-1] if ends else last_speech_s
+    end_s = speech_end_s(segments)
+    return last_speech_s if end_s is None else end_s
