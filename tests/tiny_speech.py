@@ -137,9 +137,10 @@ def make_speech_model(
 
 
 def wav(duration_s: float = 2.0, *, is_silent: bool = False, pauses_at_s: tuple[float, ...] = ()) -> bytes:
-    """A sound file: a tone that swells and fades like syllables, silent for four seconds from each pause on."""
+    """A sound file: tones that swell and fade like syllables, silent for four seconds from each pause on."""
     times_s = np.arange(round(duration_s * SAMPLE_RATE)) / SAMPLE_RATE
-    samples = 0.3 * np.sin(2 * np.pi * 440 * times_s) * np.sin(2 * np.pi * 2 * times_s)
+    tones = sum(np.sin(2 * np.pi * hz * times_s) for hz in (200, 440, 800, 1300, 2000))
+    samples = 0.1 * tones * np.sin(np.pi * times_s)
     for pause_s in pauses_at_s:
         samples[(times_s >= pause_s) & (times_s < pause_s + 4)] = 0
     file = io.BytesIO()

@@ -11,7 +11,7 @@ import numpy as np
 from tests.processing.whisper_making import make_tokens
 
 from sardonyx.core import FinishReason, Request
-from sardonyx.engine.stats import LoopStats
+from sardonyx.engine.stats import STEP_S_BOUNDS, LoopStats
 from sardonyx.errors import EngineDead
 from sardonyx.metrics import ModelMetrics
 from sardonyx.processing.whisper_tokens import WhisperTokens
@@ -86,7 +86,7 @@ class ScriptedEngine:
             last_step_rows=0,
             step_tokens=0,
             step_s_sum=0.0,
-            step_s_counts=(),
+            step_s_counts=(0,) * (len(STEP_S_BOUNDS) + 1),
         )
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from sardonyx.processing.log_mel import FRAMES_PER_S, SAMPLE_RATE, log_mel
 from sardonyx.processing.voice_activity import cut_windows
 from sardonyx.processing.whisper_tokens import WhisperTokens
 from sardonyx.repository.manifest import Whisper
-from sardonyx.serving.admission import Admission
+from sardonyx.serving.admission import Admission, Reservation
 from sardonyx.serving.open_calls import OpenCalls
 from sardonyx.serving.tasks import TranscriptionOptions
 from sardonyx.serving.transcription import Sound, SpeechRuntime, Transcription, frames_of
@@ -116,10 +116,11 @@ class SpeechModel:
             timeout_s = min(options.timeout_s, timeout_s)
         # A file cannot be longer than the limit, whatever its bytes say.
         likely_s = min(len(sound) / _LIKELY_BYTES_PER_S, self._limits.max_audio_s)
-        reservation = self._admission.reserve(1, max(1, int(likely_s)))
         self._open.begin()
         self.statistics.num_pending += 1
+        reservation: Reservation | None = None
         try:
+            reservation = self._admission.reserve(1, max(1, int(likely_s)))
             heard = await self._hear(sound, options, started_s + timeout_s)
             reservation.correct(max(1, int(heard.duration_s)))
             if self._is_closed:
@@ -135,7 +136,8 @@ class SpeechModel:
                 on_end=self._forget,
             )
         except BaseException as error:
-            reservation.release()
+            if reservation is not None:
+                reservation.release()
             self._end(error, started_ns)
             raise
         self._calls.add(call)
