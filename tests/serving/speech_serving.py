@@ -1,6 +1,7 @@
 """Speech models on an engine that answers from a script: passages, transcriptions and their models are real."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -161,7 +162,7 @@ class Speech:
             attention = np.full((1, num_tokens, 1500), -10, np.float32)
             bounds = [0, *(round(end_s * 50) for end_s in ends_s), 1500]
             # What a token attends to is the sound of the next one.
-            for row, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False), start=num_start - 1):
+            for row, (begin, end) in enumerate(itertools.pairwise(bounds), start=num_start - 1):
                 attention[0, row, begin:end] = 10
             logprobs = np.full(num_tokens - 1, np.log(0.5), np.float32)
             return SpeechEvent(request_id="", alignment=Alignment(attention, logprobs), finish_reason=FinishReason.STOP)

@@ -227,11 +227,8 @@ def test_passage_that_fails_takes_the_others_along(tmp_path):
         first, second, third, _ = served.engine.held.values()
         served.engine.answer(first, served.says(0.0, "first", 1.0))
         served.engine.answer(third, failure("the step failed"))
-        windows = []
         with pytest.raises(EngineError, match="the step failed"):
-            async for window in call:
-                windows.append(window)
-        assert texts(windows) in ([], [" first"])
+            await call.collect()
         await until(lambda: not served.engine.held)
         assert second.id in served.engine.aborted
 

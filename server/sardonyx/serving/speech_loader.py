@@ -12,6 +12,7 @@ from sardonyx.engine.loop import StepLoop
 from sardonyx.engine.speech import SpeechOptions, SpeechPolicy
 from sardonyx.errors import ConfigError
 from sardonyx.metrics import Metrics
+from sardonyx.processing.log_mel import WINDOW_FRAMES
 from sardonyx.processing.tokenizer import Tokenizer
 from sardonyx.processing.whisper_tokens import WhisperTokens
 from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
@@ -165,4 +166,8 @@ def _read_manifest(folder: Path) -> tuple[Manifest, Whisper]:
         raise ConfigError("is no speech model: its manifest does not say so", file=str(folder))
     if manifest.target != "cpu":
         raise ConfigError(f"was exported for {manifest.target}; this server runs on the CPU", file=str(folder))
+    if manifest.whisper.num_frames != WINDOW_FRAMES:
+        raise ConfigError(
+            f"takes windows of {manifest.whisper.num_frames} frames; Whisper's have {WINDOW_FRAMES}", file=str(folder)
+        )
     return manifest, manifest.whisper

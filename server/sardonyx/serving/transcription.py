@@ -230,8 +230,8 @@ class Transcription:
 def frames_of(span: Span, num_frames: int) -> Span:
     """A span of samples, thirty seconds at most, as one of frames, of which the sound has so many.
 
-    No whole frame of it is left out, and it is one window: a last frame of its own would be a window of 10 ms. What that
-    one held in part is in the next span, which begins with a whole frame.
+    No whole frame of it is left out, and it is one window: a last frame of its own would be a window of 10 ms. What
+    that one held in part is in the next span, which begins with a whole frame.
     """
     hop = SAMPLE_RATE // FRAMES_PER_S
     start = span.start // hop
