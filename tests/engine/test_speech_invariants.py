@@ -39,6 +39,8 @@ class Speech(RuleBasedStateMachine):
         self.previous = ""
         self.waits: dict[int, int] = {}
         """By flow of which something waits and nothing runs."""
+        self.unaligned: str | None = None
+        """Whose words are next."""
         self.alignment_wait = 0
 
     @rule(
@@ -106,9 +108,10 @@ class Speech(RuleBasedStateMachine):
         flows -= {self.driver.requests[each].flow for each in self.those_in(SequenceState.RUNNING)}
         self.waits = {flow: self.waits.get(flow, 0) + 1 for flow in flows}
         assert max(self.waits.values(), default=0) <= LONGEST_WAIT
-        is_aligning = batch.aligned is None and any(request.task is SpeechTask.ALIGNMENT for request in waiting)
-        self.alignment_wait = self.alignment_wait + 1 if is_aligning else 0
-        assert self.alignment_wait <= LONGEST_ALIGNMENT
+        unaligned = next((request.id for request in waiting if request.task is SpeechTask.ALIGNMENT), None)
+        self.alignment_wait = self.alignment_wait + 1 if unaligned == self.unaligned else 0
+        self.unaligned = unaligned
+        assert unaligned is None or self.alignment_wait <= LONGEST_ALIGNMENT
 
     def on_step(self, batch: SpeechBatch) -> dict[int, str]:
         """Look at what was scheduled, then fail where the step is to fail."""
