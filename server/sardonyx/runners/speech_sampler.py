@@ -72,7 +72,7 @@ class SpeechSampler:
 
         Args:
             row: ``(V,)`` after the rules.
-            temperature: below 0.001 the likeliest token.
+            temperature: below `MIN_TEMPERATURE` the likeliest token.
             seed, position: decide the draw, and nothing else does.
         """
         token_id = int(row.argmax())
