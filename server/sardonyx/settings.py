@@ -158,7 +158,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_audio_bytes: Annotated[int, Meta(ge=1024, le=1 << 33)] = 100 << 20
     """Bytes of a request with a sound (`100MiB` is understood)."""
     max_audio_s: Annotated[float, Meta(gt=0, le=86_400)] = 7200.0
-    """Length of a sound at most, in seconds; an hour takes 0.5 GB while it is transcribed."""
+    """Length of a sound at most, in seconds; one of an hour takes 0.6 GB while it is prepared, then 0.1 GB."""
     max_queued_audio_s: Annotated[int, Meta(ge=1, le=1 << 40)] = 36_000
     """Seconds of sound admitted and not yet transcribed, over all models; estimated from bytes until it is decoded."""
     request_timeout_s: Seconds = 600.0

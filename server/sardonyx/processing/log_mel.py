@@ -46,11 +46,13 @@ def log_mel(samples: Floats, num_mels: int) -> Floats:
     Returns:
         (num_mels, n // 160 + 3000)
     """
-    silence = np.zeros(WINDOW_S * SAMPLE_RATE, np.float32)
+    num_samples = len(samples) + WINDOW_S * SAMPLE_RATE
+    num_frames = num_samples // _HOP_SAMPLES
+    # Frames are centred; at the begin the sound is mirrored. At the end it would be silence that is.
     edge = _FFT_SAMPLES // 2
-    # Frames are centred; at both ends the sound is mirrored.
-    padded = np.pad(np.concatenate([samples, silence]), edge, mode="reflect")
-    num_frames = (len(samples) + len(silence)) // _HOP_SAMPLES
+    padded = np.zeros(num_samples + 2 * edge, np.float32)
+    padded[edge : edge + len(samples)] = samples
+    padded[:edge] = padded[2 * edge : edge : -1]
     frames = np.lib.stride_tricks.sliding_window_view(padded, _FFT_SAMPLES)[::_HOP_SAMPLES][:num_frames]
     energies = np.empty((num_mels, num_frames), np.float32)
     filters, window = mel_filters(num_mels), _hann_window()

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -195,12 +196,15 @@ class SpeechModel:
     async def _hear(self, sound: bytes, options: TranscriptionOptions, deadline_s: float) -> Sound:
         """Decode a sound, and everything else that takes a thread's time."""
         limits = AudioLimits(max_duration_s=self._limits.max_audio_s)
+        is_left = threading.Event()
         try:
             async with asyncio.timeout(deadline_s - time.monotonic()):
                 pool, tokens = self._runtime.tools.pool, self._runtime.tools.tokens
-                return await pool.run(_hear, sound, limits, options, tokens, self._model.num_mels, deadline_s)
+                return await pool.run(_hear, sound, limits, options, tokens, self._model.num_mels, is_left.is_set)
         except TimeoutError:
             raise DeadlineExceeded("the request's time was over before its sound was decoded") from None
+        finally:
+            is_left.set()  # a thread that still decodes need not go on
 
     def _forget(self, call: Transcription, error: ServeError | None) -> None:
         self._calls.discard(call)
@@ -231,10 +235,10 @@ def _hear(
     options: TranscriptionOptions,
     tokens: WhisperTokens,
     num_mels: int,
-    deadline_s: float,
+    is_over: Callable[[], bool],
 ) -> Sound:
     prompt_ids = tokens.prompt(options.prompt[-_PROMPT_CHARS:])
-    samples = decode_audio(data, limits, is_over=lambda: time.monotonic() > deadline_s)
+    samples = decode_audio(data, limits, is_over=is_over)
     num_frames = len(samples) * FRAMES_PER_S // SAMPLE_RATE
     spans = None
     if options.chunking is not None:
