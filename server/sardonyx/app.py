@@ -19,7 +19,6 @@ from litestar.config.cors import CORSConfig
 from litestar.di import Provide
 
 from sardonyx.api.auth import Gatekeeper
-from sardonyx.api.form import MAX_PARTS
 from sardonyx.api.front import Front
 from sardonyx.api.kserve.grpc_server import GrpcServer
 from sardonyx.api.kserve.http import KServeHttp, Shortcut, kserve_http
@@ -106,7 +105,6 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics, ending:
         dependencies={name: _provide(value) for name, value in given.items()},
         exception_handlers=EXCEPTION_HANDLERS,
         request_max_body_size=settings.max_body_bytes,
-        multipart_form_part_limit=MAX_PARTS,
         cors_config=_cors(settings),
         openapi_config=openapi_config(__version__, needs_key=bool(settings.api_keys)),
         logging_config=None,

@@ -67,6 +67,27 @@ def test_what_can_be_streamed_says_so(document):
     assert set(content) == {"application/json"}
 
 
+@pytest.mark.parametrize(
+    ("path", "form"), [("transcriptions", "TranscriptionForm"), ("translations", "TranslationForm")]
+)
+def test_forms_are_described_with_their_file_and_all_their_answers(document, path, form):
+    operation = document["paths"][f"/v1/audio/{path}"]["post"]
+    assert operation["requestBody"] == {
+        "required": True,
+        "content": {"multipart/form-data": {"schema": {"$ref": f"#/components/schemas/{form}"}}},
+    }
+    schema = document["components"]["schemas"][form]
+    assert schema["required"] == ["file"]
+    file = schema["properties"]["file"]
+    assert (file["type"], file["format"]) == ("string", "binary")
+    assert "contentEncoding" not in file
+    assert "wav" in file["description"]
+    assert schema["properties"]["temperature"]["maximum"] == 1
+    content = operation["responses"]["200"]["content"]
+    events = {"text/event-stream"} if form == "TranscriptionForm" else set()
+    assert set(content) == {"application/json", "text/plain", "text/vtt"} | events
+
+
 def test_every_field_that_is_not_openais_is_explained():
     properties = body_schemas([CompletionRequest])["CompletionRequest"]["properties"]
     known = {"stream", "stream_options", "top_p", "min_p", "typical_p", "skip_special_tokens", "response_format"}

@@ -1,15 +1,22 @@
 """Tasks whose answers a test can work out, and a repository of them."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import numpy as np
 from tests.serving.fake_models import FakeVersion
 
-from sardonyx.errors import ContextLengthExceeded
+from sardonyx.errors import ContextLengthExceeded, ServeError
 from sardonyx.repository.index import IndexEntry
 from sardonyx.serving.served import LoadedModel, ModelOverride
-from sardonyx.serving.tasks import CategoryRule, Encoded, EncodeOptions, TextInput
+from sardonyx.serving.tasks import (
+    CategoryRule,
+    Encoded,
+    EncodeOptions,
+    HeardWindow,
+    TextInput,
+    TranscriptionOptions,
+)
 
 Rules = Mapping[str, Sequence[CategoryRule]]
 
@@ -133,6 +140,58 @@ class FakeImageClassifier(Waits):
         return Encoded(values=values, num_tokens=len(images))
 
 
+class FakeTranscript:
+    """Windows as a test has written them down; an exception among them is raised there."""
+
+    def __init__(self, task: "FakeTranscriber", id: str, windows: Sequence[HeardWindow | Exception]) -> None:
+        self.id = id
+        self.duration_s = task.duration_s
+        self.language = task.language
+        self.num_tokens = 0
+        self.is_aborted = False
+        self._task = task
+        self._windows = windows
+
+    async def __aiter__(self) -> AsyncIterator[HeardWindow]:
+        for window in self._windows:
+            if self._task.window_gate is not None:
+                await self._task.window_gate.acquire()
+            if isinstance(window, Exception):
+                raise window
+            if window.segments:
+                yield window
+
+    async def collect(self) -> list[HeardWindow]:
+        return [window async for window in self]
+
+    def abort(self, error: ServeError | None = None) -> None:
+        self.is_aborted = True
+
+
+class FakeTranscriber(Waits):
+    """Hears in every sound the same."""
+
+    languages = ("en", "de", "fr")
+    is_multilingual = True
+    has_words = True
+
+    def __init__(self, name: str = "whisper", *windows: HeardWindow | Exception) -> None:
+        super().__init__(name)
+        self.windows = list(windows)
+        self.duration_s = 4.5
+        self.language = "en"
+        self.window_gate: asyncio.Semaphore | None = None
+        """Each window waits for it, where there is one."""
+        self.asked: list[TranscriptionOptions] = []
+        self.transcripts: list[FakeTranscript] = []
+
+    async def start(self, sound: bytes, options: TranscriptionOptions, *, request_id: str) -> FakeTranscript:
+        self.asked.append(options)
+        await self.enter(sound)
+        self.transcripts.append(FakeTranscript(self, request_id, self.windows))
+        return self.transcripts[-1]
+
+
 class TaskSource:
     """A repository of models that are one task each, by the task's name."""
 
@@ -158,4 +217,5 @@ _FAMILIES: dict[type, str] = {
     FakeReranker: "reranker",
     FakeClassifier: "classifier",
     FakeImageClassifier: "image_classifier",
+    FakeTranscriber: "whisper",
 }

@@ -5,7 +5,8 @@ Floor 5. Litestar's schemas of structs leave constraints out; msgspec's say exac
 
 import ast
 import inspect
-from collections.abc import Iterable, Iterator
+import typing
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,11 +19,13 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 
 from sardonyx.api.body import StrictJson, json_body
-from sardonyx.api.form import MULTIPART
 from sardonyx.api.openai.errors import DECLARED_STATUSES, ErrorBody
+from sardonyx.api.parts import MULTIPART
 
 _FORM = "form"
 """Under this name a handler's ``opt`` holds the struct of its form."""
+_TEXTS = "texts"
+"""Under this one the media types of its answers beside JSON."""
 _REFERENCE = "#/components/schemas/{name}"
 
 
@@ -38,9 +41,14 @@ def json_post(path: str | list[str], body: type[msgspec.Struct], reply: Any, **o
     return post(path, dto=json_body(body), return_dto=None, status_code=200, responses=answers(reply), **options)
 
 
-def form_post(path: str, form: type[msgspec.Struct], reply: Any) -> post:
-    """A POST handler that reads a multipart `form` itself (`api.form.read_form`) and answers 200 with `reply`."""
-    return post(path, return_dto=None, status_code=200, responses=answers(reply), opt={_FORM: form})
+def form_post(path: str, form: type[msgspec.Struct], reply: Any, *, media_types: Sequence[str] = ()) -> post:
+    """A POST handler that reads a multipart `form` itself (`api.form.read_form`) and answers 200 with `reply`.
+
+    Args:
+        media_types: of plain texts that it may answer with instead.
+    """
+    options = {_FORM: form, _TEXTS: media_types}
+    return post(path, return_dto=None, status_code=200, responses=answers(reply), opt=options)
 
 
 def openapi_config(version: str, *, needs_key: bool) -> OpenAPIConfig:
@@ -49,7 +57,7 @@ def openapi_config(version: str, *, needs_key: bool) -> OpenAPIConfig:
     return OpenAPIConfig(
         title="Sardonyx",
         version=version,
-        description="OpenAI's text API, and what vLLM, llama.cpp and text-generation-webui add to it.",
+        description="OpenAI's API, and what vLLM, llama.cpp and text-generation-webui add to it.",
         use_handler_docstrings=True,
         components=Components(security_schemes={"bearer": bearer} if needs_key else None),
         security=[{"bearer": []}] if needs_key else None,
@@ -66,10 +74,10 @@ class _Document(JsonRenderPlugin):
         if self._rendered is None:
             schemas = openapi_schema["components"]["schemas"]
             forms = _forms(request.app)
-            schemas |= body_schemas([*_bodies(request.app), *forms.values()])
+            schemas |= body_schemas([*_bodies(request.app), *(handler.opt[_FORM] for handler in forms.values())])
             for path, operations in openapi_schema["paths"].items():
                 if path in forms:
-                    _declare_form(operations["post"], forms[path].__name__)
+                    _declare_form(operations["post"], forms[path], schemas)
                 for operation in operations.values():
                     _declare_stream(operation, schemas)
             self._rendered = msgspec.json.encode(openapi_schema)
@@ -97,14 +105,23 @@ def _handlers(app: Litestar) -> Iterator[HTTPRouteHandler]:
                 yield handler
 
 
-def _forms(app: Litestar) -> dict[str, type[msgspec.Struct]]:
-    """By path."""
-    return {path: handler.opt[_FORM] for handler in _handlers(app) if _FORM in handler.opt for path in handler.paths}
+def _forms(app: Litestar) -> dict[str, HTTPRouteHandler]:
+    """Those that read forms, by path."""
+    return {path: handler for handler in _handlers(app) if _FORM in handler.opt for path in handler.paths}
 
 
-def _declare_form(operation: dict[str, Any], name: str) -> None:
-    schema = {"$ref": _REFERENCE.format(name=name)}
+def _declare_form(operation: dict[str, Any], handler: HTTPRouteHandler, schemas: dict[str, Any]) -> None:
+    form = handler.opt[_FORM]
+    schema = {"$ref": _REFERENCE.format(name=form.__name__)}
     operation["requestBody"] = {"required": True, "content": {MULTIPART: {"schema": schema}}}
+    for name, kind in typing.get_type_hints(form).items():
+        if kind is bytes:
+            # As the bytes that they are; msgspec means base64 in JSON.
+            described = schemas[form.__name__]["properties"][name]
+            del described["contentEncoding"]
+            described["format"] = "binary"
+    for media_type in handler.opt[_TEXTS]:
+        operation["responses"]["200"]["content"][media_type] = {"schema": {"type": "string"}}
 
 
 def _bodies(app: Litestar) -> list[type[msgspec.Struct]]:

@@ -31,6 +31,7 @@ from sardonyx.processing.voice_activity import VoiceOptions
 from sardonyx.serving.tasks import HeardWindow, TranscriptionOptions, TranscriptionTask
 
 _STREAMED = ("json", "text")
+_TEXTS = ("text/plain", "text/vtt")
 _NAMES = {"transcribe": "transcription", "translate": "translation"}
 
 
@@ -39,14 +40,14 @@ class AudioController(Controller):
 
     tags = ("Audio",)
 
-    @form_post("/v1/audio/transcriptions", TranscriptionForm, TranscriptionReply | VerboseReply)
+    @form_post("/v1/audio/transcriptions", TranscriptionForm, TranscriptionReply | VerboseReply, media_types=_TEXTS)
     async def create_transcription(self, request: Request[Any, Any, Any], tasks: Tasks) -> Response[bytes]:
         """What is said in a sound, in its own language; as a whole or as events."""
         form = await read_form(request, TranscriptionForm)
         _check(form)
         return await _answer(form, _options(form, "transcribe", request), request, tasks)
 
-    @form_post("/v1/audio/translations", TranslationForm, TranscriptionReply | VerboseReply)
+    @form_post("/v1/audio/translations", TranslationForm, TranscriptionReply | VerboseReply, media_types=_TEXTS)
     async def create_translation(self, request: Request[Any, Any, Any], tasks: Tasks) -> Response[bytes]:
         """What is said in a sound, in English."""
         form = await read_form(request, TranslationForm)
@@ -75,7 +76,7 @@ async def _transcribe(form: AudioForm, options: TranscriptionOptions, task: Tran
     granularities = form.timestamp_granularities if isinstance(form, TranscriptionForm) else []
     match form.response_format:
         case "verbose_json":
-            return _json(reply.verbose(has_segments=granularities != ["word"]))
+            return _json(reply.verbose(has_segments=set(granularities) != {"word"}))
         case "json":
             return _json(reply.short(has_usage=options.task == "transcribe"))
         case "text":
@@ -91,7 +92,8 @@ def _json(reply: msgspec.Struct) -> Response[bytes]:
 
 
 def _text(text: str, media_type: str) -> Response[bytes]:
-    return Response(text.encode(), media_type=f"{media_type}; charset=utf-8", status_code=200)
+    # Litestar names the charset of whatever is text/*.
+    return Response(text.encode(), media_type=media_type, status_code=200)
 
 
 def _check(form: TranscriptionForm) -> None:
