@@ -318,7 +318,7 @@ def test_bindings_beyond_those_that_are_kept_are_made_again(path, whole, monkeyp
     for _ in range(2):
         for slot in range(NUM_SLOTS):
             assert generate(runner, prompt, 4, slot) == expected
-    assert len(runner._windows) == 2
+    assert len(runner._pass._windows) == 2
 
 
 def test_slots_shorter_than_the_model_use_the_models_rotary_tables(path, whole):

@@ -93,7 +93,14 @@ class PackedPass:
                 raise EngineError("there is no memory for this prompt's log-probabilities") from error
         first_logits = [0] * len(rows)
         end = 0
-        for run in plan_runs(rows, self._limits.num_slots, self._max_padding, pays_for_idle=self._pays_for_idle):
+        runs = plan_runs(
+            rows,
+            self._limits.num_slots,
+            self._max_padding,
+            capacity=self._cache.capacity,
+            pays_for_idle=self._pays_for_idle,
+        )
+        for run in runs:
             start = end
             for index in run.row_indices:
                 first_logits[index] = end

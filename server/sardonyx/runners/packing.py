@@ -38,14 +38,15 @@ class Run:
 
 
 def plan_runs(
-    rows: Sequence[ForwardRow], num_slots: int, max_padding: int, *, pays_for_idle: bool = False
+    rows: Sequence[ForwardRow], num_slots: int, max_padding: int, *, capacity: int, pays_for_idle: bool = False
 ) -> list[Run]:
     """Divide a step's rows among session runs so that little time goes into padding.
 
     Every run pays once for reading the weights, every padded position for gathers and the attention operator's rows
     (which do no attention: the cost does not grow with P). So rows share a run while that adds at most `max_padding`
-    positions. Time of one run over that of two, for the 135M demo model on 2 cores, B decodes with P = 256 (in
-    brackets 2,000) beside one chunk; the border is between 1,000 and 2,000 positions in all precisions:
+    positions, and leaves past + S of every row within `capacity`, C, as the kernel wants it. Time of one run over that
+    of two, for the 135M demo model on 2 cores, B decodes with P = 256 (in brackets 2,000) beside one chunk; the border
+    is between 1,000 and 2,000 positions in all precisions:
 
         decodes + chunk   padding    fp32          int8    int4
         1 + 64                 63    0.82 (0.83)   0.95    0.90 (0.97)
@@ -76,7 +77,8 @@ def plan_runs(
     for length, slot, index in chunks:
         if runs:
             joined = _join(runs[-1], rows, index)
-            if joined.num_padding(num_tokens + length) - runs[-1].num_padding(num_tokens) <= max_padding:
+            added = joined.num_padding(num_tokens + length) - runs[-1].num_padding(num_tokens)
+            if added <= max_padding and _longest_past(joined, rows) + joined.chunk <= capacity:
                 runs[-1], num_tokens = joined, num_tokens + length
                 continue
         runs.append(Run([index], slot, 1, length))
@@ -89,6 +91,11 @@ def _join(run: Run, rows: Sequence[ForwardRow], index: int) -> Run:
     slots = [rows[row_index].slot for row_index in indices]
     first_slot = min(slots)
     return Run(indices, first_slot, max(slots) + 1 - first_slot, max(run.chunk, len(rows[index].token_ids)))
+
+
+def _longest_past(run: Run, rows: Sequence[ForwardRow]) -> int:
+    """Of its rows, and of idle slots, which have one token; see `PackedInputs.fill`."""
+    return max(1, *(rows[index].num_past for index in run.row_indices))
 
 
 class PackedInputs:

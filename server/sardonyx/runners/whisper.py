@@ -38,7 +38,7 @@ MAX_PADDING = 16
 
 def slot_bytes(model: Whisper) -> int:
     """Memory of one slot: its own cache, its window's keys and values there, and once more with the window itself."""
-    own = bytes_per_slot(model.kv, model.max_model_len + MAX_PADDING)
+    own = bytes_per_slot(model.kv, model.max_model_len)
     return own + 2 * bytes_per_slot(model.kv, model.num_frames // 2)
 
 
@@ -79,15 +79,13 @@ class WhisperRunner:
             max_chunk_tokens=model.max_model_len,
             vocab_size=model.vocab_size,
         )
-        # Rows with a past have one new token; beside a longer chunk they are padded, by MAX_PADDING at most.
-        capacity = model.max_model_len + MAX_PADDING
-        self._cache = KvCache(model.kv, num_slots, capacity)
+        self._cache = KvCache(model.kv, num_slots, model.max_model_len)
         self._cross = _CrossCache(model.kv, num_slots, model.num_frames // 2)
         self._pass = PackedPass(
             sessions.decoder,
             self._limits,
             self._cache,
-            total_length=capacity,
+            total_length=model.max_model_len,
             max_padding=MAX_PADDING,
             max_logits=2 * num_slots,
             bind_more=self._cross.bind,
