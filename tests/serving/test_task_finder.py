@@ -11,7 +11,7 @@ from sardonyx.errors import ConfigError, InvalidRequest, ModelNotFound, ModelNot
 from sardonyx.serving.registry import Registry
 from sardonyx.serving.served import LoadedModel, ModelOverride
 from sardonyx.serving.task_finder import TaskFinder
-from sardonyx.serving.tasks import CategoryRule, Encoded, EncodeOptions, TextInput
+from sardonyx.serving.tasks import CategoryRule, Encoded, EncodeOptions, TextInput, Transcript, TranscriptionOptions
 
 ZERO = Encoded(values=np.zeros((1, 1), np.float32), num_tokens=1)
 
@@ -141,3 +141,44 @@ def test_unloaded_moderator_is_left_out():
     source = Source(a=("classifier", judge), b=("classifier", Classifier()))
     finder = started(source, "b")
     assert finder.judges() == [judge]
+
+
+class Transcriber:
+    name, languages, is_multilingual, has_words = "t", ("en",), False, False
+
+    async def start(self, sound: bytes, options: TranscriptionOptions, *, request_id: str) -> Transcript:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("name", [None, "", "b", "whisper-1"])
+def test_openais_name_and_none_mean_the_first_speech_model(name):
+    transcriber = Transcriber()
+    finder = started(Source(a=("embeddings", Embedder()), b=("whisper", transcriber), c=("whisper", Transcriber())))
+    assert finder.transcriber(name) is transcriber
+
+
+def test_operators_model_of_openais_name_goes_first():
+    transcriber = Transcriber()
+    source = Source(a=("whisper", Transcriber()))
+    source.write("whisper-1", family="whisper")
+    source.tasks["whisper-1"] = transcriber
+    assert started(source).transcriber("whisper-1") is transcriber
+
+
+def test_other_names_of_openais_are_not_found():
+    finder = started(Source(a=("whisper", Transcriber())))
+    with pytest.raises(ModelNotFound, match="gpt-4o-transcribe"):
+        finder.transcriber("gpt-4o-transcribe")
+
+
+def test_model_that_hears_nothing_is_refused_by_name():
+    finder = started(Source(a=("embeddings", Embedder()), b=("whisper", Transcriber())))
+    with pytest.raises(InvalidRequest, match="model a is not a speech model"):
+        finder.transcriber("a")
+
+
+def test_speech_model_that_is_missing_or_unloaded_is_told():
+    with pytest.raises(ModelNotFound, match="no speech model"):
+        started(Source(a=("embeddings", Embedder()))).transcriber("whisper-1")
+    with pytest.raises(ModelNotReady):
+        started(Source(a=("whisper", Transcriber())), "a").transcriber("whisper-1")
