@@ -125,3 +125,80 @@ def test_every_field_has_its_row_in_the_readme():
     text = (Path(__file__).parents[2] / "model_repository/README.md").read_text()
     names = [field.name for field in msgspec.structs.fields(Manifest)]
     assert re.findall(r"^\| `(\w+)` \|", text.partition("## manifest.json")[2], re.MULTILINE) == names
+
+
+@pytest.fixture
+def speech(good: dict) -> dict:
+    """The manifest of a Whisper model."""
+    graph = good["graphs"]["decoder"]
+    whisper = {
+        "vocab_size": 64,
+        "max_model_len": 32,
+        "num_mels": 8,
+        "num_frames": 40,
+        "kv": {"num_layers": 2, "num_kv_heads": 3, "head_size": 8},
+        "start_id": 41,
+        "end_id": 40,
+        "previous_id": 42,
+        "no_speech_id": 43,
+        "no_timestamps_id": 44,
+        "timestamp_begin_id": 50,
+        "transcribe_id": 45,
+        "language_ids": {"en": 46, "de": 47},
+        "suppress_ids": [1, 63],
+        "alignment_heads": [[1, 2], [0, 0]],
+    }
+    roles = ("encoder", "decoder", "aligner")
+    return good | {"family": "whisper", "llm": None, "whisper": whisper, "graphs": dict.fromkeys(roles, graph)}
+
+
+def test_whisper_model_is_read(speech):
+    manifest = parsed(speech)
+    assert manifest.whisper is not None
+    assert manifest.whisper.language_ids == {"en": 46, "de": 47}
+    assert parse(encode(manifest)) == manifest
+
+
+@pytest.mark.parametrize("role", ["encoder", "decoder", "aligner"])
+def test_whisper_model_needs_its_graphs(speech, role):
+    del speech["graphs"][role]
+    article = "a" if role == "decoder" else "an"
+    with pytest.raises(ConfigError, match=rf"m\.json: graphs: needs {article} {role}"):
+        parsed(speech)
+
+
+def test_whisper_model_without_alignment_heads_needs_no_aligner(speech):
+    del speech["graphs"]["aligner"]
+    speech["whisper"]["alignment_heads"] = []
+    assert "aligner" not in parsed(speech).graphs
+
+
+def test_whisper_model_needs_its_part(speech):
+    with pytest.raises(ConfigError, match=r"m\.json: whisper: is missing although family is whisper"):
+        parsed(speech | {"whisper": None})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        *[
+            (name, 64, f"whisper.{name}: is not below vocab_size, 64")
+            for name in ("start_id", "end_id", "previous_id", "no_speech_id", "no_timestamps_id", "timestamp_begin_id")
+        ],
+        ("translate_id", 64, "whisper.translate_id: is not below vocab_size, 64"),
+        ("language_ids", {"en": 1, "fr": 99}, "whisper.language_ids: is not below vocab_size, 64"),
+        ("suppress_ids", [1, 64], "whisper.suppress_ids: is not below vocab_size, 64"),
+        ("begin_suppress_ids", [64], "whisper.begin_suppress_ids: is not below vocab_size, 64"),
+        ("suppress_ids", [-1], "whisper.suppress_ids[0]: Expected `int` >= 0"),
+        ("end_id", 50, "whisper.end_id: is not below timestamp_begin_id"),
+        ("num_frames", 41, "whisper.num_frames: is odd; the encoder makes one position of two frames"),
+        ("alignment_heads", [[2, 0]], "whisper.alignment_heads: there is no head 0 in a layer 2"),
+        ("alignment_heads", [[0, 0], [0, 3]], "whisper.alignment_heads: there is no head 3 in a layer 0"),
+        ("alignment_heads", [[0]], "whisper.alignment_heads[0]: Expected `array` of length >= 2"),
+    ],
+)
+def test_number_of_a_whisper_model_that_fits_no_other_is_refused(speech, field, value, message):
+    speech["whisper"][field] = value
+    with pytest.raises(ConfigError) as caught:
+        parsed(speech)
+    assert str(caught.value) == f"m.json: {message}"

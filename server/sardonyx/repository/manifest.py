@@ -341,6 +341,26 @@ def _check_family(manifest: Manifest, file: str) -> None:
         )
     if manifest.family == "reranker" and labels is not None and len(labels.names) != 1:
         raise ConfigError("a reranker has exactly one", file=file, field="labels.names")
+    if manifest.whisper is not None:
+        _check_whisper(manifest.whisper, file)
+
+
+def _check_whisper(whisper: Whisper, file: str) -> None:
+    """Its numbers fit each other: none leads outside of a tensor."""
+    for name in (field.name for field in msgspec.structs.fields(whisper)):
+        if not name.endswith(("_id", "_ids")):
+            continue
+        value = getattr(whisper, name)
+        token_ids = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if any(token_id is not None and token_id >= whisper.vocab_size for token_id in token_ids):
+            raise ConfigError(f"is not below vocab_size, {whisper.vocab_size}", file=file, field=f"whisper.{name}")
+    if whisper.end_id >= whisper.timestamp_begin_id:
+        raise ConfigError("is not below timestamp_begin_id", file=file, field="whisper.end_id")
+    if whisper.num_frames % 2:
+        raise ConfigError("is odd; the encoder makes one position of two frames", file=file, field="whisper.num_frames")
+    for layer, head in whisper.alignment_heads:
+        if layer >= whisper.kv.num_layers or head >= whisper.kv.num_kv_heads:
+            raise ConfigError(f"there is no head {head} in a layer {layer}", file=file, field="whisper.alignment_heads")
 
 
 def all_files(manifest: Manifest) -> list[GraphFile]:

@@ -16,12 +16,12 @@ _FIELDS = frozenset({"name", "platform", "backend", "version_policy", "parameter
 
 
 class SpeechModelOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """``parameters`` of such a model. What is ``None`` comes from the server's settings."""
+    """``parameters`` of such a model. What is ``None`` is the server's choice."""
 
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096)] | None = None
     """Windows that are decoded at once, of all requests together."""
     max_batch_windows: Annotated[int, Meta(ge=1, le=64)] | None = None
-    """Windows that are encoded at once."""
+    """Windows of one encoder step at most."""
     kv_cache_bytes: Annotated[int, Meta(ge=1, le=1 << 50)] | None = None
     """Most memory for the windows that are decoded; ``2GiB`` is understood."""
 

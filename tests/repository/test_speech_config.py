@@ -1,0 +1,71 @@
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from sardonyx.errors import ConfigError
+from sardonyx.repository.config import parse_config
+from sardonyx.repository.speech_config import SpeechModelOptions, speech_model_options
+
+README = (Path(__file__).parents[2] / "model_repository/README.md").read_text()
+SECTION = README.partition("### Speech models")[2].partition("\n##")[0]
+
+
+def config(**parameters: str) -> ModelConfig:
+    result = ModelConfig(name="m")
+    for key, value in parameters.items():
+        result.parameters[key].string_value = value
+    return result
+
+
+def test_parameters_are_read():
+    options = speech_model_options(config(max_num_seqs="8", max_batch_windows=" 2 ", kv_cache_bytes="512MiB"))
+    assert options == SpeechModelOptions(max_num_seqs=8, max_batch_windows=2, kv_cache_bytes=512 << 20)
+
+
+def test_parameters_that_are_left_out_are_the_servers_choice():
+    assert speech_model_options(config()) == SpeechModelOptions()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("max_num_seqs", "many", r"f.pbtxt: parameters\['max_num_seqs'\]: expected int, not 'many'"),
+        ("max_num_seqs", "0", r"f.pbtxt: parameters\['max_num_seqs'\]: expected int >= 1, not '0'"),
+        ("max_num_seqs", "4097", r"f.pbtxt: parameters\['max_num_seqs'\]: expected int <= 4096, not '4097'"),
+        ("max_batch_windows", "65", r"f.pbtxt: parameters\['max_batch_windows'\]: expected int <= 64, not '65'"),
+        ("max_batch_windows", "null", r"f.pbtxt: parameters\['max_batch_windows'\]: expected int, not 'null'"),
+        ("kv_cache_bytes", "2 fortnights", r"f.pbtxt: parameters\['kv_cache_bytes'\]: expected int"),
+        ("max_model_len", "448", r"is not a parameter of a speech model"),
+        ("max_batch_window", "1", r"is not a parameter of a speech model; did you mean max_batch_windows\?"),
+    ],
+)
+def test_wrong_parameter_is_refused_by_name(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        speech_model_options(config(**{key: value}), file="f.pbtxt")
+
+
+@pytest.mark.parametrize(
+    "text", ["max_batch_size: 4", "dynamic_batching: { }", "instance_group: { count: 2 }", "input: { name: 'a' }"]
+)
+def test_field_without_meaning_is_refused_by_name(text):
+    with pytest.raises(ConfigError, match=f"{text.partition(':')[0]}: has no meaning for a speech model"):
+        speech_model_options(parse_config(text.encode(), name="m"))
+
+
+def test_fields_with_meaning_are_taken():
+    text = b'name: "m" platform: "onnxruntime_onnx" backend: "onnxruntime" version_policy { all { } }'
+    assert speech_model_options(parse_config(text, name="m")) == SpeechModelOptions()
+
+
+def test_every_parameter_has_its_row_in_the_readme():
+    names = [field.name for field in msgspec.structs.fields(SpeechModelOptions)]
+    assert re.findall(r"^\| `(\w+)` \|", SECTION, re.MULTILINE) == names
+
+
+def test_example_in_the_readme_is_read():
+    example = SECTION.partition("```\n")[2].partition("```")[0]
+    options = speech_model_options(parse_config(example.encode(), name="whisper-base"))
+    assert options == SpeechModelOptions(max_num_seqs=8, kv_cache_bytes=512 << 20)
