@@ -35,13 +35,15 @@ def alpha_bars(config: SchedulerConfig) -> Floats:
     """(num_train_timesteps): falling from nearly 1; the last is 0 if the config says so. Read-only.
 
     Raises:
-        ConfigError: so much noise that float32 cannot tell the last timesteps apart.
+        ConfigError: so little noise, or so much, that float32 cannot tell timesteps apart.
     """
     kept = _running_product(1 - _betas(config))
+    if kept[0] >= 1:
+        raise ConfigError("adds no noise that float32 could hold", field="beta_start")
+    if kept[-1] <= 0 or (np.diff(kept) >= 0).any():
+        raise ConfigError("leaves no signal long before the last timestep", field="beta_end")
     if config.rescale_betas_zero_snr:
         kept = _without_last_signal(kept)
-    if (np.diff(kept) >= 0).any() or (kept[:-1] <= 0).any() or (kept[-1] <= 0 and not config.rescale_betas_zero_snr):
-        raise ConfigError("leaves no signal long before the last timestep", field="beta_end")
     kept.setflags(write=False)
     return kept
 
@@ -67,14 +69,14 @@ def spaced_timesteps(spacing: Spacing, num_steps: int, num_timesteps: int, steps
         return np.linspace(0, num_timesteps - 1, num_steps)[::-1]
     if spacing == "leading":
         return (np.arange(num_steps)[::-1] * (num_timesteps // num_steps) + steps_offset).astype(np.float64)
-    return trailing_timesteps(num_steps, num_timesteps, num_timesteps / num_steps)
+    return trailing_timesteps(num_timesteps, num_timesteps / num_steps)
 
 
-def trailing_timesteps(num_steps: int, num_timesteps: int, stride: float) -> Doubles:
-    """(at most num_steps): from `num_timesteps` - 1 downwards."""
-    # Where the stride is not exact, the range has one number more than was asked for.
-    timesteps: Doubles = np.arange(num_timesteps, 0, -stride)[:num_steps].round() - 1
-    return timesteps
+def trailing_timesteps(num_timesteps: int, stride: float) -> Doubles:
+    """From `num_timesteps` - 1 downwards, to 0 at most."""
+    timesteps: Doubles = np.arange(num_timesteps, 0, -stride).round() - 1
+    # Where the stride is not exact, the range has one number more than it should.
+    return timesteps[timesteps >= 0]
 
 
 def sigmas_at(timesteps: npt.NDArray[np.floating], config: SchedulerConfig) -> Doubles:

@@ -179,6 +179,8 @@ def check_scheduler_config(config: SchedulerConfig, *, file: str, prefix: str = 
     if config.original_inference_steps > config.num_train_timesteps and config.sampler == "lcm":
         limit = f"num_train_timesteps, {config.num_train_timesteps}"
         raise ConfigError(f"is above {limit}", file=file, field=f"{prefix}original_inference_steps")
+    if config.rescale_betas_zero_snr and config.num_train_timesteps == 1:
+        raise ConfigError("needs more timesteps than one", file=file, field=f"{prefix}rescale_betas_zero_snr")
 
 
 def _read_constant(name: str) -> float:

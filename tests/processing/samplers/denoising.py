@@ -117,14 +117,28 @@ def run_theirs(
     return way
 
 
-
-
 def theirs(name: str, **fields: Any) -> Any:
     """diffusers' scheduler of one of our names; fields that its class does not have are left out."""
     if name.endswith("_karras"):
         fields["use_karras_sigmas"] = True
     known = SCHEDULERS[name].__init__.__wrapped__.__code__.co_varnames
     return SCHEDULERS[name](**{field: value for field, value in fields.items() if field in known})
+
+
+def with_alpha_bars_of(config: SchedulerConfig, scheduler: Any) -> Any:
+    """The scheduler with our alpha bars, whose last digits differ from its own if the last timestep has no signal.
+
+    Torch's float32 root is not the nearest, and so little as this moves a timestep that is rounded.
+    """
+    kept = torch.from_numpy(alpha_bars(config).copy())
+    if hasattr(scheduler, "final_alpha_cumprod"):
+        scheduler.final_alpha_cumprod = torch.tensor(1.0) if config.set_alpha_to_one else kept[0]
+    elif config.rescale_betas_zero_snr:
+        kept[-1] = 2**-24
+    if hasattr(scheduler, "lambda_t"):
+        scheduler.lambda_t = kept.sqrt().log() - (1 - kept).sqrt().log()
+    scheduler.alphas_cumprod = kept
+    return scheduler
 
 
 def assert_same(ours: Way, reference: Way, *, tolerance: float = 1e-4) -> None:

@@ -70,7 +70,7 @@ def _spaced_schedule(config: SchedulerConfig, num_steps: int) -> Doubles:
     highest = _num_timesteps(config)
     spacing = config.timestep_spacing or "linspace"
     if spacing == "trailing":
-        return trailing_timesteps(num_steps, highest, config.num_train_timesteps / num_steps)
+        return trailing_timesteps(highest, config.num_train_timesteps / num_steps)
     return spaced_timesteps(spacing, num_steps + 1, highest, config.steps_offset).round()[:-1]
 
 
