@@ -135,6 +135,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["autoencoder", "text", "denoiser"])
 def test_stopped_training_goes_on_to_the_same_numbers(trained: Path, tmp_path: Path, stage: str) -> None:
     for name in ("latents.npy", "whiten.pt", *(f"{earlier}.pt" for earlier in STAGES[: STAGES.index(stage)])):
