@@ -7,7 +7,8 @@ from typing import Literal
 
 import msgspec
 
-from sardonyx.repository.manifest import Embeddings, Encoder, Family, ImageInput, Labels, LanguageModel, Parity, Whisper
+from sardonyx.repository.families import Embeddings, Encoder, ImageInput, Labels, LanguageModel, Whisper
+from sardonyx.repository.manifest import Family, Parity
 
 
 class Built(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,7 +38,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PaddedGraph(msgspec.Struct, frozen=True, kw_only=True):
-    """A graph that somebody else's exporter made: (B, S) inputs, see the padded layout of `manifest.Encoder`."""
+    """A graph that somebody else's exporter made: (B, S) inputs, see the padded layout of `families.Encoder`."""
 
     files: list[str]
     """In the version folder, the graph first."""

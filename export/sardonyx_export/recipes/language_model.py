@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from sardonyx.repository.manifest import LanguageModel
+from sardonyx.repository.families import LanguageModel
 from sardonyx.runtime.session import configure_threads
 from sardonyx_export.builders.decoder import BuildOptions, build_decoder
 from sardonyx_export.built import Built

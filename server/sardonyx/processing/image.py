@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from sardonyx.errors import InvalidRequest
-from sardonyx.repository.manifest import ImageInput
+from sardonyx.repository.families import ImageInput
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 20 << 20
