@@ -22,7 +22,7 @@ import onnx
 from onnx import numpy_helper, parser
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from sardonyx.repository import manifest
+from sardonyx.repository import families, manifest
 
 Family = Literal["embeddings", "reranker", "classifier", "image_classifier"]
 Layout = Literal["packed", "padded"]
