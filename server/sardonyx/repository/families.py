@@ -205,6 +205,8 @@ class Diffusion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Y / y, 8 of most models."""
     size: Annotated[list[Count], Meta(min_length=2, max_length=2)]
     """Height and width that the model was trained for, in pixels."""
+    size_multiple: Count = 64
+    """Of height and width: what the unet halves again and again has to come out even."""
     pooled_width: Count | None = None
     """Of SDXL's second text encoder's summary."""
     guidance_width: Count | None = None
