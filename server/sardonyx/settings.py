@@ -161,6 +161,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Length of a sound at most, in seconds; one of an hour takes 0.6 GB while it is prepared, then 0.1 GB."""
     max_queued_audio_s: Annotated[int, Meta(ge=1, le=1 << 40)] = 36_000
     """Seconds of sound admitted and not yet transcribed, over all models; estimated from bytes until it is decoded."""
+    max_queued_image_steps: Annotated[int, Meta(ge=1, le=1 << 40)] = 20_000
+    """Steps of pictures admitted and not yet made, over all models."""
     request_timeout_s: Seconds = 600.0
     """A request is ended after so long, counted from its arrival."""
     queue_timeout_s: Seconds = 60.0

@@ -63,8 +63,8 @@ def size_of(data: bytes) -> tuple[int, int]:
 def read_mask(data: bytes, height: int, width: int, pixels_per_latent: int) -> Floats:
     """Where a picture is to change: (y, x) of its latents, between 0 and 1.
 
-    Where the file has transparency, what is transparent changes, as OpenAI has it; otherwise what is white, as diffusers
-    has it. It is fitted as its picture is.
+    Where the file has transparency, what is transparent changes, as OpenAI has it; otherwise what is white, as
+    diffusers has it. It is fitted as its picture is.
 
     Raises:
         InvalidRequest: as `image.decode_image`.

@@ -6,7 +6,6 @@ import math
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -220,7 +219,9 @@ class ImageModel:
         if (options.steps or 0) > self._limits.max_steps:
             raise InvalidRequest(f"steps: is {options.steps}; at most {self._limits.max_steps}", param="steps")
         if options.source is not None and not self._version.has_vae_encoder:
-            raise UnsupportedFeature(f"model {self.name} was exported without what begins with a picture", param="image")
+            raise UnsupportedFeature(
+                f"model {self.name} was exported without what begins with a picture", param="image"
+            )
         if options.num_previews and not self.has_previews:
             raise UnsupportedFeature(f"model {self.name} has no previews", param="partial_images")
 
@@ -337,5 +338,3 @@ def _preview_steps(num_steps: int, num_previews: int) -> frozenset[int]:
     """Rounds after which previews are given, evenly spread, the last round not among them."""
     wanted = (math.ceil(num_steps * (index + 1) / (num_previews + 1)) for index in range(num_previews))
     return frozenset(step for step in wanted if step < num_steps)
-
-

@@ -4,15 +4,25 @@ Floor 4. The registry knows names and families; this knows what each family's mo
 """
 
 from sardonyx.errors import InvalidRequest, ModelNotFound, ModelNotReady
-from sardonyx.serving.entry import IMAGE_CLASSIFIER, SPEECH_FAMILY
+from sardonyx.serving.entry import DIFFUSION_FAMILY, IMAGE_CLASSIFIER, SPEECH_FAMILY
 from sardonyx.serving.registry import ModelState, Registry
-from sardonyx.serving.tasks import ClassifyTask, EmbeddingTask, ImageClassifyTask, RerankTask, TranscriptionTask
+from sardonyx.serving.tasks import (
+    ClassifyTask,
+    EmbeddingTask,
+    ImageClassifyTask,
+    ImageTask,
+    RerankTask,
+    TranscriptionTask,
+)
 
 _EMBEDDINGS = frozenset({"embeddings"})
 _SCORING = frozenset({"embeddings", "reranker"})
+_IMAGES = frozenset({DIFFUSION_FAMILY})
 _SPEECH = frozenset({SPEECH_FAMILY})
 _JUDGING = frozenset({"classifier", IMAGE_CLASSIFIER})
 
+ANY_PAINTER = frozenset({"dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini"})
+"""Operators' aliases of these names go first."""
 ANY_TRANSCRIBER = "whisper-1"
 """An operator's alias of this name goes first."""
 
@@ -52,6 +62,17 @@ class TaskFinder:
                 raise
             task = self._registry.newest(None, _SPEECH, "speech model").task
         assert isinstance(task, TranscriptionTask)
+        return task
+
+    def painter(self, name: str | None) -> ImageTask:
+        """For ``/v1/images/``. OpenAI's names, `ANY_PAINTER`, mean any."""
+        try:
+            task = self._registry.newest(name, _IMAGES, "image model").task
+        except ModelNotFound:
+            if name not in ANY_PAINTER:
+                raise
+            task = self._registry.newest(None, _IMAGES, "image model").task
+        assert isinstance(task, ImageTask)
         return task
 
     def judge(self, name: str) -> Judge:
