@@ -212,8 +212,8 @@ class ImageModel:
             )
         if height * width > self._limits.max_pixels:
             raise InvalidRequest(
-                f"size: {width}x{height} has {height * width:,} pixels; {self.name} makes {self._limits.max_pixels:,} at "
-                "most",
+                f"size: {width}x{height} has {height * width:,} pixels; {self.name} makes at most "
+                f"{self._limits.max_pixels:,}",
                 param="size",
             )
         if (options.steps or 0) > self._limits.max_steps:
