@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sardonyx.errors import InvalidRequest
 from sardonyx.processing.image import MAX_PIXELS, decode_image
@@ -42,21 +42,23 @@ def enlarged(pixels: Pixels, height: int, width: int) -> Pixels:
 def read_source(data: bytes, height: int, width: int) -> Floats:
     """A picture to begin with: (3, Y, X) between -1 and 1, scaled to cover the size and cut in the middle.
 
+    It is turned as its EXIF asks for; what is transparent keeps the colour that it has underneath.
+
     Raises:
-        InvalidRequest: as `image.decode_image`.
+        InvalidRequest: as `image.decode_image`; or it is so long and narrow that it cannot be scaled.
     """
-    picture = _fitted(decode_image(data, MAX_PIXELS), height, width)
+    picture = _fitted(_upright(decode_image(data, MAX_PIXELS)), height, width)
     values = np.asarray(picture, np.float32) / 127.5 - 1
     return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    """Height and width of an encoded picture.
+    """Height and width of an encoded picture, turned as its EXIF asks for.
 
     Raises:
         InvalidRequest: as `image.decode_image`.
     """
-    picture = decode_image(data, MAX_PIXELS)
+    picture = _upright(decode_image(data, MAX_PIXELS))
     return picture.height, picture.width
 
 
@@ -69,7 +71,7 @@ def read_mask(data: bytes, height: int, width: int, pixels_per_latent: int) -> F
     Raises:
         InvalidRequest: as `image.decode_image`.
     """
-    picture = decode_image(data, MAX_PIXELS, mode="RGBA")
+    picture = _upright(decode_image(data, MAX_PIXELS, mode="RGBA"))
     alpha = picture.getchannel("A")
     has_transparency = alpha.getextrema()[0] < 255  # type: ignore[operator]  # one channel has two numbers
     mask = alpha.point(lambda value: 255 - value) if has_transparency else picture.convert("L")
@@ -78,9 +80,14 @@ def read_mask(data: bytes, height: int, width: int, pixels_per_latent: int) -> F
     return (np.asarray(small, np.float32) / 255 >= 0.5).astype(np.float32)
 
 
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # broken EXIF fails in many ways, and says nothing of how the picture stands
+        return picture
+
+
 def _fitted(picture: Image.Image, height: int, width: int) -> Image.Image:
-    if picture.width * picture.height == 0:
-        raise InvalidRequest("has no pixels")
     scale = max(height / picture.height, width / picture.width)
     size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
     if size[0] * size[1] > MAX_PIXELS:

@@ -32,8 +32,8 @@ class PromptTokenizer:
         self._max_tokens = max_tokens
         self._pad_token_id = pad_token_id
 
-    def encode(self, text: str, *, param: str) -> list[int]:
-        """As many ids as the encoder takes.
+    def encode(self, text: str, *, param: str) -> tuple[list[int], int]:
+        """As many ids as the encoder takes, and how many of them the text has.
 
         Args:
             text: the prompt.
@@ -51,7 +51,7 @@ class PromptTokenizer:
             raise InvalidRequest(f"{param}: holds half a surrogate pair", param=param) from None
         if len(ids) > self._max_tokens:
             raise self._too_long(f"{len(ids)} tokens", param)
-        return ids + [self._pad_token_id] * (self._max_tokens - len(ids))
+        return ids + [self._pad_token_id] * (self._max_tokens - len(ids)), len(ids)
 
     def _too_long(self, length: str, param: str) -> ContextLengthExceeded:
         return ContextLengthExceeded(f"{param}: has {length}; the model reads {self._max_tokens} tokens", param=param)

@@ -25,6 +25,7 @@ from sardonyx.serving.dispatch import EventDispatch
 from sardonyx.serving.entry import DIFFUSION_FAMILY
 from sardonyx.serving.image_tensors import ImageTensorModel
 from sardonyx.serving.images import ImageLimits, ImageModel, ImageVersion
+from sardonyx.serving.picture_moderation import FindJudge, PictureModerator
 from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.status import unix_time
 from sardonyx.settings import Settings
@@ -42,9 +43,14 @@ _SIZES = 4
 
 
 class DiffusionLoader:
-    """Loads image models. What they share is made here."""
+    """Loads image models. What they share is made here.
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    Args:
+        find_judge: where the moderators are that models' configs name.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, find_judge: FindJudge) -> None:
+        self._find_judge = find_judge
         self._settings = settings
         self._metrics = metrics
         self._pool = WorkerPool()
@@ -103,6 +109,7 @@ class DiffusionLoader:
             limits=self._limits(options, diffusion),
             metrics=self._metrics.model(name),
             statistics=statistics,
+            moderator=self._moderator(name, options),
         )
         return ImageTensorModel(
             task,
@@ -111,6 +118,11 @@ class DiffusionLoader:
             created=unix_time(manifest.created) or int(folder.stat().st_mtime),
             size_bytes=sum(each.size_bytes for each in all_files(manifest)),
         )
+
+    def _moderator(self, name: str, options: DiffusionModelOptions) -> PictureModerator | None:
+        if options.moderator is None:
+            return None
+        return PictureModerator(name, options.moderator, self._find_judge, self._pool)
 
     def _limits(self, options: DiffusionModelOptions, diffusion: Diffusion) -> ImageLimits:
         height, width = diffusion.size

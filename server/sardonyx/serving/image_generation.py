@@ -1,45 +1,60 @@
 """One call for pictures on its way. Floor 4, on the event loop."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from sardonyx.core import FinishReason, SequenceEvent
-from sardonyx.diffusion import ImageEvent, ImageRequest, Picture
+from sardonyx.diffusion import ImageEvent, ImageRequest, Picture, Pixels
 from sardonyx.errors import EngineDead, EngineError, RequestAborted, ServeError
 from sardonyx.serving.admission import Reservation
 from sardonyx.serving.dispatch import EventDispatch
 from sardonyx.serving.engine_errors import deadline_exceeded, error_of
-from sardonyx.serving.tasks import PictureUpdate
+from sardonyx.serving.tasks import ImageUsage, PictureUpdate
+
+
+@dataclass(slots=True, frozen=True)
+class ImageCall:
+    """What is asked for."""
+
+    id: str
+    pictures: Sequence[Picture]
+    size: tuple[int, int]
+    """Height and width of each."""
+    usage: ImageUsage
+    deadline_s: float
+    """Monotonic."""
+    start_by_s: float
+    """Monotonic; a picture that has not begun by then is refused."""
+    check: Callable[[Pixels], Awaitable[None]] | None = None
+    """Raises ServeError for pictures that are not to be given out."""
 
 
 class ImageGeneration:
     """See `tasks.Pictures`. Made by `ImageModel.start`.
 
     Args:
-        id: of the call.
-        pictures: to make.
+        call: to serve.
         dispatch: connected to the engine.
         reservation: released at the end.
-        deadline_s: monotonic.
-        start_by_s: monotonic; a picture that has not begun by then is refused.
         retry_after_s: when a request that waited too long should come back.
         on_end: called once, synchronously, at the end; with an error unless all went well.
     """
 
     def __init__(
         self,
-        id: str,
-        pictures: Sequence[Picture],
+        call: ImageCall,
         *,
         dispatch: EventDispatch,
         reservation: Reservation,
-        deadline_s: float,
-        start_by_s: float,
         retry_after_s: Callable[[], float],
         on_end: "Callable[[ImageGeneration, ServeError | None], None]",
     ) -> None:
-        self.id = id
+        self.id = call.id
+        self.size = call.size
+        self.usage = call.usage
         self.finish_reason = FinishReason.STOP
+        self._check = call.check
         self._dispatch = dispatch
         self._reservation = reservation
         self._retry_after_s = retry_after_s
@@ -49,15 +64,19 @@ class ImageGeneration:
         self._updates: asyncio.Queue[PictureUpdate | None] = asyncio.Queue()
         self._requests = [
             ImageRequest(
-                id=f"{id}-{index}", prompt_ids=[0], picture=picture, deadline_s=deadline_s, start_by_s=start_by_s
+                id=f"{call.id}-{index}",
+                prompt_ids=[0],
+                picture=picture,
+                deadline_s=call.deadline_s,
+                start_by_s=call.start_by_s,
             )
-            for index, picture in enumerate(pictures)
+            for index, picture in enumerate(call.pictures)
         ]
         self._places = {request.id: index for index, request in enumerate(self._requests)}
         self._unfinished = set(self._places)
         # The engine ends requests at their deadline; this ends them where a step hangs.
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(max(0.0, deadline_s - dispatch.clock()), self._expire)
+        self._timer = loop.call_later(max(0.0, call.deadline_s - dispatch.clock()), self._expire)
 
     def submit(self) -> None:
         """Give the pictures to the engine. Once.
@@ -76,9 +95,14 @@ class ImageGeneration:
         """See `tasks.Pictures`."""
         try:
             while (update := await self._updates.get()) is not None:
+                if self._check is not None:
+                    await self._check(update.pixels)
                 yield update
             if self._error is not None:
                 raise self._error
+        except ServeError as error:
+            self.abort(error)
+            raise
         finally:
             self.abort()
 

@@ -1,34 +1,40 @@
 """Image models: a prompt becomes pictures. Floor 4. An `tasks.ImageTask`."""
 
 import asyncio
-import itertools
 import math
 import random
 import time
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from sardonyx.diffusion import Picture, Prompt, SourceImage
+from sardonyx.diffusion import Picture, Pixels, Prompt, SourceImage
 from sardonyx.engine.stats import LoopStats
 from sardonyx.errors import DeadlineExceeded, InvalidRequest, ModelNotReady, ServeError, UnsupportedFeature
 from sardonyx.metrics import ModelMetrics
-from sardonyx.processing.picture import read_mask, read_source
+from sardonyx.processing.picture import read_mask, read_source, size_of
 from sardonyx.processing.prompt_tokens import PromptTokenizer
 from sardonyx.processing.samplers import make_sampler, noise_generator
 from sardonyx.repository.families import Diffusion
 from sardonyx.repository.scheduler_config import SchedulerConfig
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.dispatch import EventDispatch
-from sardonyx.serving.image_generation import ImageGeneration
+from sardonyx.serving.image_generation import ImageCall, ImageGeneration
 from sardonyx.serving.open_calls import OpenCalls
+from sardonyx.serving.picture_moderation import PictureModerator
 from sardonyx.serving.pool import WorkerPool
-from sardonyx.serving.tasks import ImageOptions
+from sardonyx.serving.tasks import ImageOptions, ImageUsage
 from sardonyx.statistics import InferenceStatistics, failure_reason
 from sardonyx.tensors import InferenceTimes
 
 _MAX_PROMPTS = 64
 """Encodings that are kept for prompts to come: 0.2 MB each of Stable Diffusion's, 0.6 MB of SDXL's."""
+_MOST_RATIO = 3.0
+"""Of the sides of a picture whose size nobody asked for."""
+
+Ids = tuple[tuple[int, ...], ...]
+"""Of a prompt, by encoder."""
 
 
 class ImageLoop(Protocol):
@@ -77,6 +83,7 @@ class ImageModel:
         limits: of a call.
         metrics: of the model.
         statistics: of this version; they outlive it.
+        moderator: looks at every picture before it is given out.
     """
 
     def __init__(
@@ -90,6 +97,7 @@ class ImageModel:
         limits: ImageLimits,
         metrics: ModelMetrics,
         statistics: InferenceStatistics,
+        moderator: PictureModerator | None = None,
     ) -> None:
         self.name = version.name
         self.statistics = statistics
@@ -101,8 +109,8 @@ class ImageModel:
         self._admission = admission
         self._limits = limits
         self._metrics = metrics
-        self._prompts: OrderedDict[tuple[tuple[int, ...], ...], Prompt] = OrderedDict()
-        self._ids = itertools.count(1)
+        self._moderator = moderator
+        self._prompts: OrderedDict[Ids, Prompt] = OrderedDict()
         self._open = OpenCalls()
         self._calls: set[ImageGeneration] = set()
         self._is_closed = False
@@ -118,6 +126,11 @@ class ImageModel:
     def default_steps(self) -> int:
         """Of a picture."""
         return self._model.default_steps
+
+    @property
+    def max_steps(self) -> int:
+        """Of a picture."""
+        return self._limits.max_steps
 
     @property
     def has_previews(self) -> bool:
@@ -144,34 +157,48 @@ class ImageModel:
             raise self._unloaded()
         started_ns, started_s = time.perf_counter_ns(), time.monotonic()
         self._check(options)
-        timeout_s = self._limits.timeout_s
-        if options.timeout_s is not None:
-            timeout_s = min(options.timeout_s, timeout_s)
+        if self._moderator is not None:
+            self._moderator.judge()
+        deadline_s = started_s + min(options.timeout_s or math.inf, self._limits.timeout_s)
         steps = options.steps or self._model.default_steps
         reservation = self._admission.reserve(options.n, options.n * steps)
         self._open.begin()
         self.statistics.num_pending += 1
         try:
-            pictures = await self._prepare(options, started_s + timeout_s)
+            pictures, usage = await self._prepare(options, deadline_s)
             if self._is_closed:
                 raise self._unloaded()
-            call = ImageGeneration(
-                request_id,
-                pictures,
-                dispatch=self._dispatch,
-                reservation=reservation,
-                deadline_s=started_s + timeout_s,
-                start_by_s=started_s + self._limits.queue_timeout_s,
-                retry_after_s=self._admission.retry_after_s,
-                on_end=lambda call, error: self._forget(call, error, started_ns),
-            )
-            self._calls.add(call)
-            call.submit()
         except BaseException as error:
             reservation.release()
             self._end(error, started_ns)
             raise
+        _, height, width = pictures[0].size
+        scale = self._model.pixels_per_latent
+        call = ImageGeneration(
+            ImageCall(
+                id=request_id,
+                pictures=pictures,
+                size=(height * scale, width * scale),
+                usage=usage,
+                deadline_s=deadline_s,
+                start_by_s=started_s + self._limits.queue_timeout_s,
+                check=self._moderation(deadline_s),
+            ),
+            dispatch=self._dispatch,
+            reservation=reservation,
+            retry_after_s=self._admission.retry_after_s,
+            on_end=lambda call, error: self._forget(call, error, started_ns),
+        )
+        self._calls.add(call)
+        # A call that cannot be submitted ends itself, and the rest with it.
+        call.submit()
         return call
+
+    def _moderation(self, deadline_s: float) -> Callable[[Pixels], Awaitable[None]] | None:
+        moderator = self._moderator
+        if moderator is None:
+            return None
+        return lambda pixels: moderator.check(pixels, timeout_s=max(0.001, deadline_s - time.monotonic()))
 
     def stop(self, request_id: str | None = None) -> int:
         """End one call, or all of them. How many were ended."""
@@ -224,24 +251,36 @@ class ImageModel:
             )
         if options.num_previews and not self.has_previews:
             raise UnsupportedFeature(f"model {self.name} has no previews", param="partial_images")
+        if options.negative_prompt and self._model.guidance_width is not None:
+            raise UnsupportedFeature(f"model {self.name} takes no negative prompt", param="negative_prompt")
 
-    async def _prepare(self, options: ImageOptions, deadline_s: float) -> list[Picture]:
+    async def _prepare(self, options: ImageOptions, deadline_s: float) -> tuple[list[Picture], ImageUsage]:
         """Everything that takes a thread's time."""
         try:
             async with asyncio.timeout(deadline_s - time.monotonic()):
-                prompt = await self._pool.run(self._tokens, options.prompt, "prompt")
-                negative = await self._pool.run(self._tokens, options.negative_prompt, "negative_prompt")
+                ids, num_text_tokens = await self._pool.run(self._tokens, options.prompt, "prompt")
+                negative_ids, _ = await self._pool.run(self._tokens, options.negative_prompt, "negative_prompt")
                 source = None
                 if options.source is not None:
                     source = await self._pool.run(self._source, options)
         except TimeoutError:
             raise DeadlineExceeded("the request's time was over before its pictures were begun") from None
-        return [self._picture(options, self._prompt(prompt), negative, source, index) for index in range(options.n)]
+        prompt = self._prompt(ids)
+        negative = self._negative(negative_ids, options, prompt)
+        pictures = [self._picture(options, prompt, negative, source, index) for index in range(options.n)]
+        _, height, width = pictures[0].size
+        return pictures, ImageUsage(
+            num_text_tokens=num_text_tokens,
+            num_source_tokens=0 if source is None else height * width,
+            num_picture_tokens=height * width,
+        )
 
-    def _tokens(self, text: str, param: str) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(tokenizer.encode(text, param=param)) for tokenizer in self._version.tokenizers)
+    def _tokens(self, text: str, param: str) -> tuple[Ids, int]:
+        """Of each encoder, and how many the first one has of the text."""
+        found = [tokenizer.encode(text, param=param) for tokenizer in self._version.tokenizers]
+        return tuple(tuple(ids) for ids, _ in found), found[0][1]
 
-    def _prompt(self, ids: tuple[tuple[int, ...], ...]) -> Prompt:
+    def _prompt(self, ids: Ids) -> Prompt:
         """The prompt with these tokens, maybe encoded already."""
         prompt = self._prompts.get(ids)
         if prompt is None:
@@ -251,10 +290,22 @@ class ImageModel:
         self._prompts.move_to_end(ids)
         return prompt
 
+    def _negative(self, ids: Ids, options: ImageOptions, prompt: Prompt) -> Prompt | None:
+        """``None``: guidance by it would change nothing, or there is none."""
+        if self._guidance(options) <= 1 or self._model.guidance_width is not None:
+            return None
+        if self._model.zeroes_empty_prompt and not options.negative_prompt:
+            return Prompt(ids, is_zeroed=True)
+        negative = self._prompt(ids)
+        return None if negative is prompt else negative
+
+    def _guidance(self, options: ImageOptions) -> float:
+        return self._model.default_guidance if options.guidance is None else options.guidance
+
     def _source(self, options: ImageOptions) -> SourceImage:
-        height, width = options.size or self.size
         assert options.source is not None
         try:
+            height, width = options.size or self._size_like(options.source)
             pixels = read_source(options.source, height, width)
         except InvalidRequest as error:
             raise InvalidRequest(f"image: {error.message}", param="image") from None
@@ -266,44 +317,41 @@ class ImageModel:
                 raise InvalidRequest(f"mask: {error.message}", param="mask") from None
         return SourceImage(pixels, mask)
 
+    def _size_like(self, source: bytes) -> tuple[int, int]:
+        """About as many pixels as the model was trained for, in the picture's shape."""
+        height, width = size_of(source)
+        ratio = min(max(width / height, 1 / _MOST_RATIO), _MOST_RATIO)
+        side = math.sqrt(self.size[0] * self.size[1])
+        multiple = self._model.size_multiple
+        sides = (side / math.sqrt(ratio), side * math.sqrt(ratio))
+        height, width = (max(multiple, round(each / multiple) * multiple) for each in sides)
+        return (height, width) if height * width <= self._limits.max_pixels else self.size
+
     def _picture(
-        self,
-        options: ImageOptions,
-        prompt: Prompt,
-        negative: tuple[tuple[int, ...], ...],
-        source: SourceImage | None,
-        index: int,
+        self, options: ImageOptions, prompt: Prompt, negative: Prompt | None, source: SourceImage | None, index: int
     ) -> Picture:
         model = self._model
         height, width = options.size or self.size
-        steps = options.steps or model.default_steps
-        guidance = model.default_guidance if options.guidance is None else options.guidance
-        has_negative = guidance > 1 and model.guidance_width is None
+        if source is not None:
+            height, width = source.pixels.shape[1:]
         sampler = make_sampler(
             options.sampler or self._version.scheduler.sampler,
             self._version.scheduler,
-            steps,
+            options.steps or model.default_steps,
             strength=1.0 if source is None else options.strength,
         )
         seed = random.getrandbits(63) if options.seed is None else options.seed + index
-        num_latents = height // model.pixels_per_latent, width // model.pixels_per_latent
         return Picture(
             prompt=prompt,
-            negative=self._negative(negative, options) if has_negative else None,
-            guidance=guidance,
+            negative=negative,
+            guidance=self._guidance(options),
             sampler=sampler,
-            size=(model.latent_channels, *num_latents),
+            size=(model.latent_channels, height // model.pixels_per_latent, width // model.pixels_per_latent),
             generator=noise_generator(seed),
-            # Each picture has its own: what one wrote there would be another's.
-            source=source if source is None else SourceImage(source.pixels, source.mask),
+            source=source,
             time_ids=None if model.pooled_width is None else (height, width, 0, 0, height, width),
             preview_steps=_preview_steps(sampler.num_steps, options.num_previews),
         )
-
-    def _negative(self, ids: tuple[tuple[int, ...], ...], options: ImageOptions) -> Prompt:
-        if self._model.zeroes_empty_prompt and not options.negative_prompt:
-            return Prompt(ids, is_zeroed=True)
-        return self._prompt(ids)
 
     def _forget(self, call: ImageGeneration, error: ServeError | None, started_ns: int) -> None:
         self._calls.discard(call)
@@ -311,7 +359,7 @@ class ImageModel:
         self._metrics.observe_request(
             call.finish_reason,
             e2e_s=(time.perf_counter_ns() - started_ns) / 1e9,
-            num_prompt_tokens=0,
+            num_prompt_tokens=call.usage.num_text_tokens,
             num_completion_tokens=0,
         )
 

@@ -25,6 +25,7 @@ from sardonyx.serving.registry import Registry
 from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
 from sardonyx.serving.speech_loader import SpeechLoader
 from sardonyx.serving.speech_tensors import SpeechTensorModel
+from sardonyx.serving.task_finder import Judge, TaskFinder
 from sardonyx.serving.tensor_loader import TensorLoader
 from sardonyx.serving.tensors import TensorModel
 from sardonyx.serving.text_loader import TextLoader
@@ -71,11 +72,11 @@ class ModelLoader:
         self._encoders = EncoderLoader(settings, metrics)
         self._images = ImageClassifierLoader(settings, metrics)
         self._speech = SpeechLoader(settings, metrics, budget)
-        self._diffusion = DiffusionLoader(settings, metrics)
+        self._diffusion = DiffusionLoader(settings, metrics, self._judge)
         self._tensors = TensorLoader(settings, metrics, self._part)
 
     def connect(self, registry: Registry) -> None:
-        """Where ensembles find their parts. Once, before the first load."""
+        """Where ensembles find their parts, and image models their moderators. Once, before the first load."""
         self._registry = registry
 
     def index(self) -> list[IndexEntry]:
@@ -132,6 +133,10 @@ class ModelLoader:
         if len(having) > 1:
             raise ConfigError(DUPLICATE)
         return having[0]
+
+    def _judge(self, name: str) -> Judge:
+        assert self._registry is not None
+        return TaskFinder(self._registry).judge(name)
 
     def _part(self, name: str, version: int | None) -> ServedModel:
         assert self._registry is not None

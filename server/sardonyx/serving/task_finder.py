@@ -3,6 +3,8 @@
 Floor 4. The registry knows names and families; this knows what each family's models can be asked for.
 """
 
+import re
+
 from sardonyx.errors import InvalidRequest, ModelNotFound, ModelNotReady
 from sardonyx.serving.entry import DIFFUSION_FAMILY, IMAGE_CLASSIFIER, SPEECH_FAMILY
 from sardonyx.serving.registry import ModelState, Registry
@@ -21,7 +23,7 @@ _IMAGES = frozenset({DIFFUSION_FAMILY})
 _SPEECH = frozenset({SPEECH_FAMILY})
 _JUDGING = frozenset({"classifier", IMAGE_CLASSIFIER})
 
-ANY_PAINTER = frozenset({"dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini"})
+ANY_PAINTER = re.compile(r"dall-e-[23]|gpt-image-[\w.-]+|chatgpt-image-latest")
 """Operators' aliases of these names go first."""
 ANY_TRANSCRIBER = "whisper-1"
 """An operator's alias of this name goes first."""
@@ -69,7 +71,7 @@ class TaskFinder:
         try:
             task = self._registry.newest(name, _IMAGES, "image model").task
         except ModelNotFound:
-            if name not in ANY_PAINTER:
+            if name is None or not ANY_PAINTER.fullmatch(name):
                 raise
             task = self._registry.newest(None, _IMAGES, "image model").task
         assert isinstance(task, ImageTask)

@@ -239,7 +239,7 @@ class ImageOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the picture should not be like, where the model is guided."""
     n: int = 1
     size: tuple[int, int] | None = None
-    """Height and width; ``None``: the model's own."""
+    """Height and width; ``None``: the model's own, or with `source` about as many pixels in that picture's shape."""
     steps: int | None = None
     """Rounds; ``None``: the model's own."""
     guidance: float | None = None
@@ -258,6 +258,16 @@ class ImageOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How much of the source is given up, above 0 and up to 1."""
     timeout_s: float | None = None
     """Most time for the whole call; ``None``: the server's."""
+
+
+class ImageUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a picture costs, in tokens: of pictures, one for each place of their latents."""
+
+    num_text_tokens: int
+    """Of the prompt."""
+    num_source_tokens: int
+    """Of the picture to begin with."""
+    num_picture_tokens: int
 
 
 class PictureUpdate(msgspec.Struct, frozen=True):
@@ -281,7 +291,14 @@ class ImageTask(Protocol):
         ...
 
     @property
-    def default_steps(self) -> int: ...
+    def default_steps(self) -> int:
+        """Of a picture."""
+        ...
+
+    @property
+    def max_steps(self) -> int:
+        """Of a picture."""
+        ...
 
     async def start(self, options: ImageOptions, *, request_id: str) -> "Pictures":
         """Begin to make pictures. Whoever gets them must end them: read them to the end, or `abort`.
@@ -302,11 +319,16 @@ class Pictures(Protocol):
     """Pictures under way."""
 
     id: str
+    size: tuple[int, int]
+    """Height and width."""
+    usage: ImageUsage
+    """Of each of them."""
 
     def __aiter__(self) -> AsyncIterator[PictureUpdate]:
         """Previews and finished pictures as they come.
 
         Raises:
+            InvalidRequest: the model's moderator flagged one of them; code ``moderation_blocked``.
             EngineError, EngineDead, DeadlineExceeded, Overloaded, ModelNotReady: before the end.
         """
         ...
