@@ -245,22 +245,53 @@ def _check_graphs(sessions: DiffusionSessions, model: Diffusion) -> None:
         _check(sessions.vae_encoder, "vae_encoder", {"image"}, {"mean", "std"})
     for encoder, session in zip(model.encoders, sessions.encoders, strict=True):
         _check_encoder(session, encoder)
-    if model.preview and len(model.preview) != model.latent_channels + 1:
-        raise ConfigError(
-            f"has {len(model.preview)} rows; {model.latent_channels} channels and a constant are needed",
-            file="manifest.json",
-            field="diffusion.preview",
-        )
+    _check_widths(sessions, model)
+    _check_facts(model)
 
 
 def _check_encoder(session: Session, encoder: PromptEncoder) -> None:
     _check(session, encoder.graph, {"input_ids"}, {"hidden", "pooled"} if encoder.has_pooled else {"hidden"})
-    length = session.inputs["input_ids"].shape[-1]
-    if isinstance(length, int) and length != encoder.max_tokens:
-        raise ConfigError(f"takes {length} tokens, unlike the manifest", file=f"{encoder.graph}.onnx")
+    _check_size(session, encoder.graph, "input_ids", -1, encoder.max_tokens)
 
 
 def _check(session: Session, role: str, inputs: set[str], outputs: set[str]) -> None:
     odd = sorted((inputs ^ session.inputs.keys()) | (outputs - session.outputs.keys()))
     if odd:
         raise ConfigError(f"is no {role} of a diffusion model: see {', '.join(odd[:4])}", file=f"{role}.onnx")
+
+
+def _check_widths(sessions: DiffusionSessions, model: Diffusion) -> None:
+    """What the graphs give each other fits, as far as they say how wide it is."""
+    sizes = {"sample": model.latent_channels, "text_embeds": model.pooled_width, "time_ids": 6}
+    sizes |= {"timestep_cond": model.guidance_width}
+    widths = [session.outputs["hidden"].shape[-1] for session in sessions.encoders]
+    if all(isinstance(width, int) for width in widths):
+        sizes["encoder_hidden_states"] = sum(width for width in widths if isinstance(width, int))
+    for name in sizes.keys() & sessions.unet.inputs.keys():
+        size = sizes[name]
+        assert size is not None, "its inputs are those that the manifest asks for"
+        _check_size(sessions.unet, "unet", name, -1 if name == "encoder_hidden_states" else 1, size)
+    _check_size(sessions.vae_decoder, "vae_decoder", "latents", 1, model.latent_channels)
+
+
+def _check_size(session: Session, role: str, name: str, axis: int, wanted: int) -> None:
+    size = session.inputs[name].shape[axis]
+    if isinstance(size, int) and size != wanted:
+        raise ConfigError(f"takes {name} of size {size}, not {wanted} as the rest of the model", file=f"{role}.onnx")
+
+
+def _check_facts(model: Diffusion) -> None:
+    """The manifest's numbers fit each other."""
+    if model.preview and len(model.preview) != model.latent_channels + 1:
+        reason = f"has {len(model.preview)} rows; {model.latent_channels} channels and a constant are needed"
+        raise _wrong("preview", reason)
+    if (model.pooled_width is not None) != any(encoder.has_pooled for encoder in model.encoders):
+        raise _wrong("pooled_width", "is there where an encoder has_pooled, and only there")
+    if model.size_multiple % model.pixels_per_latent:
+        raise _wrong("size_multiple", f"is no multiple of pixels_per_latent, {model.pixels_per_latent}")
+    if any(side % model.size_multiple for side in model.size):
+        raise _wrong("size", f"is no multiple of size_multiple, {model.size_multiple}")
+
+
+def _wrong(field: str, reason: str) -> ConfigError:
+    return ConfigError(reason, file="manifest.json", field=f"diffusion.{field}")
