@@ -47,7 +47,7 @@ class PromptTokenizer:
             raise self._too_long(f"{len(text):,} characters", param)
         try:
             ids: list[int] = self._backend.encode(text).ids
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, TypeError):  # both are what the library says of it
             raise InvalidRequest(f"{param}: holds half a surrogate pair", param=param) from None
         if len(ids) > self._max_tokens:
             raise self._too_long(f"{len(ids)} tokens", param)
