@@ -17,7 +17,7 @@ from sardonyx.repository.diffusion_config import DiffusionModelOptions, diffusio
 from sardonyx.repository.families import Diffusion
 from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
 from sardonyx.repository.manifest import Manifest, all_files
-from sardonyx.repository.scheduler_config import FILE_NAME, read_scheduler_config
+from sardonyx.repository.scheduler_config import FILE_NAME, SchedulerConfig, read_scheduler_config
 from sardonyx.runners.diffusion import DiffusionRunner, DiffusionSessions
 from sardonyx.runtime.session import open_session
 from sardonyx.serving.admission import Admission
@@ -77,7 +77,7 @@ class DiffusionLoader:
         manifest, diffusion = _read_manifest(folder)
         check_files(folder, manifest, hashes=False)
         options = diffusion_model_options(entry.config, file=str(entry.config_path))
-        scheduler = read_scheduler_config((folder / FILE_NAME).read_bytes())
+        scheduler = _read_scheduler(folder)
         tokenizers = [
             PromptTokenizer(folder / encoder.tokenizer, encoder.max_tokens, encoder.pad_token_id)
             for encoder in diffusion.encoders
@@ -149,6 +149,15 @@ def _open_runner(name: str, folder: Path, manifest: Manifest, diffusion: Diffusi
         runner = DiffusionRunner(parts, diffusion)
         undo.pop_all()
     return runner
+
+
+def _read_scheduler(folder: Path) -> SchedulerConfig:
+    path = folder / FILE_NAME
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from error
+    return read_scheduler_config(data, file=str(path))
 
 
 def _read_manifest(folder: Path) -> tuple[Manifest, Diffusion]:
