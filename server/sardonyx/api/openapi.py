@@ -29,10 +29,10 @@ _TEXTS = "texts"
 _REFERENCE = "#/components/schemas/{name}"
 
 
-def answers(reply: Any, media_type: MediaType = MediaType.JSON) -> dict[int, ResponseSpec]:
+def answers(reply: Any, media_type: MediaType | str = MediaType.JSON) -> dict[int, ResponseSpec]:
     """``responses=`` of a handler: the reply, and the envelope for whatever may go wrong."""
     refused = ResponseSpec(ErrorBody, generate_examples=False, description="Refused or failed; the envelope says why.")
-    success = ResponseSpec(reply, generate_examples=False, description="Success.", media_type=media_type)
+    success = ResponseSpec(reply, generate_examples=False, description="Success.", media_type=media_type)  # type: ignore[arg-type]  # any string works
     return {200: success} | dict.fromkeys(DECLARED_STATUSES, refused)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import TypeVar
 
 import msgspec
@@ -19,7 +20,7 @@ STRENGTH = 0.8
 _QUALITIES: dict[str, Quality] = {"standard": "medium", "auto": "medium", "hd": "high"}
 """Older names → what is answered."""
 _STEPS: dict[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0}
-_SAMPLERS: dict[str, str] = {name.replace("_", ""): name for name in SAMPLER_NAMES} | {
+_SAMPLERS: Mapping[str, str] = {name.replace("_", ""): name for name in SAMPLER_NAMES} | {
     "eulerancestral": "euler_a",
     "dpm++2m": "dpmpp_2m",
     "dpm++2mkarras": "dpmpp_2m_karras",

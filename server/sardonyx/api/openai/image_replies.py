@@ -5,7 +5,6 @@ Floor 5. Pictures are encoded in threads: a megapixel of PNG takes 100 ms and mo
 
 import asyncio
 import base64
-import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -33,8 +32,6 @@ Kind = Literal["image_generation", "image_edit"]
 
 FILES_PATH = "/v1/images/files"
 
-_HOST = re.compile(r"[\w.-]+(?::\d+)?|\[[\da-fA-F:.]+\](?::\d+)?", re.ASCII)
-
 
 class PictureLinks:
     """Makes URLs of pictures that this server gives out itself.
@@ -61,9 +58,7 @@ def base_url(request: "Request[Any, Any, Any]", settings: Settings) -> str:
     """Where the caller reaches us: the operator's word, else the address that it called."""
     if settings.public_url is not None:
         return settings.public_url.rstrip("/")
-    host = request.headers.get("host", "")
-    if not _HOST.fullmatch(host):
-        host = f"{settings.host}:{settings.port}"
+    host = request.headers.get("host") or f"{settings.host}:{settings.port}"
     return f"{request.scope['scheme']}://{host}"
 
 

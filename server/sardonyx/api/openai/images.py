@@ -6,7 +6,7 @@ Floor 5. What begins with a picture is in `image_forms`, because its bodies may 
 from typing import Any
 
 from litestar import Controller, Request, Response, get
-from litestar.params import JSONBody
+from litestar.params import FromPath, JSONBody
 
 from sardonyx.api.auth import PUBLIC
 from sardonyx.api.dependencies import ServerSettings, Store, Tasks
@@ -39,8 +39,8 @@ class ImagesController(Controller):
         """Pictures of what a prompt says; as a whole or as events."""
         return await answer(data, request, kind="image_generation", tasks=tasks, settings=settings, store=store)
 
-    @get(f"{FILES_PATH}/{{name:str}}", opt=PUBLIC, responses=answers(bytes))
-    async def read_image(self, name: str, store: Store) -> Response[bytes]:
+    @get(f"{FILES_PATH}/{{name:str}}", opt=PUBLIC, responses=answers(bytes, media_type="image/*"))
+    async def read_image(self, name: FromPath[str], store: Store) -> Response[bytes]:
         """A picture that an answer gave as a URL, for an hour. Whoever knows its name may have it."""
         picture = store.get(name)
         if picture is None:
