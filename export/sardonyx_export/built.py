@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from sardonyx.repository.families import Embeddings, Encoder, ImageInput, Labels, LanguageModel, Whisper
+from sardonyx.repository.families import Diffusion, Embeddings, Encoder, ImageInput, Labels, LanguageModel, Whisper
 from sardonyx.repository.manifest import Family, Parity
 
 
@@ -31,6 +31,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     labels: Labels | None = None
     image: ImageInput | None = None
     whisper: Whisper | None = None
+    diffusion: Diffusion | None = None
     parity: list[Parity]
     """At least one: nothing is published unverified."""
     config_parameters: dict[str, str] = {}

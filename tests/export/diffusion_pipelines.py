@@ -74,9 +74,7 @@ def make_pipeline(
     _save(diffusers.AutoencoderKL(**_vae_fields(is_xl=is_xl) | (vae or {})), folder / "vae")
     _write_text_side(folder, "", TEXT_WIDTH, transformers.CLIPTextModel, pad="<|endoftext|>", changes=text)
     if is_xl:
-        _write_text_side(
-            folder, "_2", TEXT_WIDTH_2, transformers.CLIPTextModelWithProjection, pad="!", changes=text
-        )
+        _write_text_side(folder, "_2", TEXT_WIDTH_2, transformers.CLIPTextModelWithProjection, pad="!", changes=text)
     name, fields = scheduler or _SCHEDULERS[layout]
     (folder / "scheduler").mkdir(exist_ok=True)
     given = {"_class_name": name, **_TRAINED, **fields}

@@ -44,6 +44,7 @@ class LanguageModelRecipe:
         tokenizer = load_tokenizer(checkpoint)
         special = read_special_tokens(checkpoint, tokenizer, vocab_size=spec.vocab_size)
         prompts = make_prompts(tokenizer, vocab_size=spec.vocab_size, max_model_len=spec.max_model_len)
+        assert plan.precision != "fp16"  # `choose_recipe` refuses it
         options = BuildOptions(
             precision=plan.precision,
             activations=plan.activations,
