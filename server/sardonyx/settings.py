@@ -165,9 +165,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_queued_image_steps: Annotated[int, Meta(ge=1, le=1 << 40)] = 20_000
     """Steps of pictures admitted and not yet made, over all models."""
     image_store_bytes: CountOrAuto = 64 << 20
-    """Memory for pictures that are answered as URLs, each for an hour. 0: none is kept, the URLs hold them as `data:`."""
+    """Memory for pictures that are answered as URLs, each for an hour. 0: none is kept, URLs hold them as `data:`."""
     public_url: str | None = None
-    """Where callers reach the server (`https://ai.example`), for URLs of pictures. Unset: the address that they called."""
+    """Where callers reach us (`https://ai.example`), for URLs of pictures. Unset: the address that they called."""
     request_timeout_s: Seconds = 600.0
     """A request is ended after so long, counted from its arrival."""
     queue_timeout_s: Seconds = 60.0

@@ -140,7 +140,10 @@ class TestSource:
 
     @settings(max_examples=40, deadline=None)
     @given(
-        st.integers(1, 40), st.integers(1, 40), st.integers(1, 6).map(lambda n: 8 * n), st.integers(1, 6).map(lambda n: 8 * n)
+        st.integers(1, 40),
+        st.integers(1, 40),
+        st.integers(1, 6).map(lambda n: 8 * n),
+        st.integers(1, 6).map(lambda n: 8 * n),
     )
     def test_any_shape_is_fitted_to_any_size(self, height, width, wanted_height, wanted_width):
         data = encoded(Image.new("RGB", (width, height), (255, 255, 255)))

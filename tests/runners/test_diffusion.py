@@ -391,9 +391,7 @@ def test_closed_runner_has_closed_all_its_sessions(tmp_path):
     with pytest.raises(EngineError):
         model.begin(picture)
     for prompt in (picture.prompt, picture.negative):
-        prompt.encoded = EncodedPrompt(
-            np.zeros((3, WIDTH + WIDTH_2), np.float32), np.zeros(POOLED_WIDTH, np.float32)
-        )
+        prompt.encoded = EncodedPrompt(np.zeros((3, WIDTH + WIDTH_2), np.float32), np.zeros(POOLED_WIDTH, np.float32))
     with pytest.raises(EngineError):
         model.round(picture)
     picture.latents = np.zeros(LATENTS, np.float32)

@@ -247,8 +247,10 @@ class FakePainter(Waits):
     def pictures(self, options: ImageOptions, size: tuple[int, int]) -> list[PictureUpdate | Exception]:
         found: list[PictureUpdate | Exception] = []
         for index in range(options.n):
-            for number in range(options.num_previews):
-                found.append(PictureUpdate(index, np.full((2, 3, 3), number + 1, np.uint8), is_final=False))
+            found += [
+                PictureUpdate(index, np.full((2, 3, 3), number + 1, np.uint8), is_final=False)
+                for number in range(options.num_previews)
+            ]
             found.append(PictureUpdate(index, np.full((*size, 3), 10 * (index + 1), np.uint8), is_final=True))
         return found
 

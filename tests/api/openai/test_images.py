@@ -116,9 +116,7 @@ def test_pictures_are_urls_of_this_server(api, generate, task):
         assert (pixels_of(file.content) == 10 * (index + 1)).all()
 
 
-@pytest.mark.parametrize(
-    ("kind", "signature"), [("png", b"\x89PNG"), ("jpeg", b"\xff\xd8\xff"), ("webp", b"RIFF")]
-)
+@pytest.mark.parametrize(("kind", "signature"), [("png", b"\x89PNG"), ("jpeg", b"\xff\xd8\xff"), ("webp", b"RIFF")])
 @pytest.mark.parametrize("response_format", ["url", "b64_json"])
 def test_files_have_the_format_that_was_asked_for(api, generate, kind, signature, response_format):
     body = generate(output_format=kind, response_format=response_format).json()
@@ -173,7 +171,9 @@ def test_url_needs_no_key_and_everything_else_does():
         assert error(api.post(GENERATIONS, {"prompt": "a"}), 401)["code"] == "invalid_api_key"
         for path in (EDITS, VARIATIONS):
             error(api.client.post(path, data={"prompt": "a"}, files=IMAGE), 401)
-        url = api.post(GENERATIONS, {"prompt": "a"}, headers={"Authorization": "Bearer secret"}).json()["data"][0]["url"]
+        url = api.post(GENERATIONS, {"prompt": "a"}, headers={"Authorization": "Bearer secret"}).json()["data"][0][
+            "url"
+        ]
         assert api.client.get(url).status_code == 200
 
 

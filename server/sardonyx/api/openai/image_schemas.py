@@ -1,6 +1,7 @@
 """Bodies, forms and answers of the image endpoints: OpenAI's fields, and what users of diffusers and A1111 send.
 
-Floor 5. As `schemas`: ranges that stand alone are checked by msgspec, null counts as absent, unknown fields are ignored.
+Floor 5. As `schemas`: ranges that stand alone are checked by msgspec, null counts as absent, unknown fields are
+ignored.
 """
 
 from typing import Annotated, Literal
