@@ -163,6 +163,22 @@ def test_public_url_goes_before_the_host(public_url):
         assert url.startswith(f"{public_url.rstrip('/')}{FILES}")
 
 
+@pytest.mark.parametrize(
+    ("model", "response_format", "answered"),
+    [
+        ("gpt-image-1", None, "b64_json"),
+        ("gpt-image-1.5", None, "b64_json"),
+        ("chatgpt-image-latest", None, "b64_json"),
+        ("gpt-image-1", "url", "url"),
+        ("dall-e-3", None, "url"),
+        ("dall-e-3", "b64_json", "b64_json"),
+        ("painter", None, "url"),
+    ],
+)
+def test_names_that_openai_answers_in_base64_are_so_answered(generate, model, response_format, answered):
+    assert list(generate(model=model, response_format=response_format).json()["data"][0]) == [answered]
+
+
 # Files behind URLs
 
 

@@ -31,6 +31,7 @@ _SAMPLERS: Mapping[str, str] = {name.replace("_", ""): name for name in SAMPLER_
     "lcmscheduler": "lcm",
 }
 """Names without case, spaces and the like: ours, A1111's, and diffusers' classes."""
+_ALWAYS_BASE64 = re.compile(r"gpt-image-.*|chatgpt-image-latest")
 _BETWEEN_WORDS = re.compile(r"[\s_-]+")
 
 V = TypeVar("V")
@@ -60,9 +61,10 @@ def output_of(body: ImageFields) -> Output:
     compression = 100 if body.output_compression is None else body.output_compression
     if kind == "png" and compression < 100:
         raise InvalidRequest("output_compression: needs output_format jpeg or webp", param="output_compression")
-    return Output(
-        format=kind, compression=compression, quality=_quality(body), has_urls=body.response_format != "b64_json"
-    )
+    # Clients of these models look for nothing else, and OpenAI refuses the field for them.
+    default = "b64_json" if body.model is not None and _ALWAYS_BASE64.fullmatch(body.model) else "url"
+    has_urls = (body.response_format or default) == "url"
+    return Output(format=kind, compression=compression, quality=_quality(body), has_urls=has_urls)
 
 
 def image_options(body: ImageFields, task: ImageTask, *, timeout_s: float | None) -> ImageOptions:

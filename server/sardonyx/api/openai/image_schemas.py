@@ -35,7 +35,7 @@ class ImageFields(msgspec.Struct, frozen=True, kw_only=True):
     size: Size | None = None
     """`WIDTHxHEIGHT`; `auto`: what the model was trained for, with a picture to begin with in that picture's shape."""
     response_format: Literal["url", "b64_json"] | None = None
-    """How pictures are answered; `url` if absent. Streams always hold base64."""
+    """How pictures are answered; if absent `url`, and base64 for the names `gpt-image-...`. Streams hold base64."""
     output_format: Format | None = None
     """Of the files; `png` if absent."""
     output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None
