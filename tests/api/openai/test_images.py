@@ -14,6 +14,7 @@ from PIL import Image
 from tests.api.live import BASE_URL, application, eventually, frames, listening
 from tests.serving.fake_tasks import FakeEmbedder, FakePainter, TaskSource
 from tests.tiny_diffusion import NOT_FINITE, make_diffusion_model, mask_file, picture_file, pixels_of
+from tests.tiny_encoders import make_encoder_model
 
 from sardonyx.api.openai.image_options import sampler_name, steps_of
 from sardonyx.app import create_app
@@ -725,6 +726,31 @@ def test_picture_too_long_and_narrow_is_refused_or_cut(real):
     files = {"image": ("x.png", narrow(), "image/png")}
     answer = real.post(EDITS, data={"prompt": "a", "size": "32x32"}, files=files)
     assert answer.status_code == 200 or error(answer)["param"] == "image"
+
+
+def plain(colour):
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(file, "PNG")
+    return ("x.png", file.getvalue(), "image/png")
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_moderator_blocks_pictures_that_it_flags(tmp_path, stream):
+    """With a mask that lets nothing change, what comes out is what went in."""
+    moderator = 'parameters { key: "moderator" value { string_value: "judge" } }'
+    make_diffusion_model(tmp_path, config=moderator)
+    make_encoder_model(tmp_path, "judge", family="image_classifier", parameters={"moderation.red": "sexual 0.9"})
+    settings = Settings(repository=tmp_path, num_threads=2, allow_grpc=False)
+    metrics = Metrics("test")
+    with TestClient(create_app(settings, build_registry(settings, metrics), metrics), base_url=BASE_URL) as client:
+        eventually(lambda: client.get("/ready").status_code == 200)
+        answers = [
+            client.post(EDITS, data={"prompt": "a", "stream": stream}, files={"image": plain(each), "mask": plain(0)})
+            for each in ("blue", "red", "blue")
+        ]
+    assert [each.status_code for each in answers] == [200, 400, 200]
+    detail = error(answers[1])
+    assert (detail["code"], detail["type"]) == ("moderation_blocked", "invalid_request_error")
 
 
 def test_document_knows_the_forms(api):
