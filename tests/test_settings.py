@@ -132,6 +132,11 @@ def test_relative_paths_in_a_file_start_at_the_file(tmp_path):
         ("repository = 3", "s.toml: repository: expected a path, not 3"),
         ("cors_origins = ['https://a.example/path']", "s.toml: cors_origins: expected * or scheme://host[:port]"),
         ("host = ''", "s.toml: host: is empty"),
+        ("public_url = 'ai.example'", "s.toml: public_url: expected http://... or https://..."),
+        ("public_url = 'https://ai.example/?a=1'", "s.toml: public_url: expected http://"),
+        ("public_url = 'https://user:word@ai.example'", "s.toml: public_url: expected http://"),
+        ("public_url = ''", "s.toml: public_url: expected http://"),
+        ("image_store_bytes = -1", "s.toml: image_store_bytes: expected int >= 0"),
         ("request_timeout_s = nan", "s.toml: request_timeout_s: expected float > 0.0"),
         ("port = ", "s.toml: is not TOML"),
         ("a = " + "[" * 5000, "s.toml: is not TOML"),
@@ -143,6 +148,11 @@ def test_wrong_file_is_refused_with_file_and_field(tmp_path, toml, message):
     with pytest.raises(ConfigError) as caught:
         load_settings(config=file, environ={})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://localhost:8000", "https://ai.example", "https://ai.example/below/here/"])
+def test_public_url_is_taken(url):
+    assert load_settings({"public_url": url}, environ={}).public_url == url
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):

@@ -22,7 +22,7 @@ import onnx
 from onnx import numpy_helper, parser
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from sardonyx.repository import manifest
+from sardonyx.repository import families, manifest
 
 Family = Literal["embeddings", "reranker", "classifier", "image_classifier"]
 Layout = Literal["packed", "padded"]
@@ -63,12 +63,12 @@ def make_encoder_model(
     """Write a complete model and return its version folder.
 
     Args:
-        layout: of the graph, see `manifest.Encoder`.
+        layout: of the graph, see `families.Encoder`.
         size: of an embedding.
         labels: of a classifier; other families have their own.
         activation: ``None``: softmax for pictures, else sigmoid.
         tokenizer: in place of `make_tokenizer`'s.
-        embeddings: fields of `manifest.Embeddings` to replace.
+        embeddings: fields of `families.Embeddings` to replace.
         parameters: of ``config.pbtxt``, say ``moderation.insult``.
         config: further lines of it.
     """
@@ -86,7 +86,7 @@ def make_encoder_model(
         written = {
             "graphs": {"encoder": manifest.Graph(model=_file(folder, "model.onnx"))},
             "files": [_file(folder, "tokenizer.json")],
-            "encoder": manifest.Encoder(
+            "encoder": families.Encoder(
                 layout=layout,
                 output="result",
                 width=width,
@@ -103,9 +103,9 @@ def make_encoder_model(
                 "prompts": PROMPTS,
                 "pools_prompt": pools_prompt,
             }
-            written["embeddings"] = manifest.Embeddings(**(fields | dict(embeddings or {})))  # type: ignore[arg-type]
+            written["embeddings"] = families.Embeddings(**(fields | dict(embeddings or {})))  # type: ignore[arg-type]
         else:
-            written["labels"] = manifest.Labels(names=list(labels), activation=activation or "sigmoid")
+            written["labels"] = families.Labels(names=list(labels), activation=activation or "sigmoid")
     entry = manifest.Manifest(
         family=family,
         precision="fp32",
@@ -280,8 +280,8 @@ def _write_image_classifier(folder: Path) -> dict[str, object]:
     onnx.save_model(model, folder / "model.onnx")
     return {
         "graphs": {"model": manifest.Graph(model=_file(folder, "model.onnx"))},
-        "labels": manifest.Labels(names=list(COLOURS), activation="softmax"),
-        "image": manifest.ImageInput(
+        "labels": families.Labels(names=list(COLOURS), activation="softmax"),
+        "image": families.ImageInput(
             name="image",
             output="result",
             layout="NHWC",

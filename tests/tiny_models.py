@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from sardonyx.repository import manifest
+from sardonyx.repository import families, manifest
 
 BOS, EOS, IM_START, IM_END, PAD = "<|bos|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 SPECIAL_TOKENS = (EOS, IM_START, IM_END, BOS, PAD)
@@ -74,12 +74,12 @@ class TinyDecoder:
         return self.num_heads * self.head_size
 
     @property
-    def language_model(self) -> manifest.LanguageModel:
+    def language_model(self) -> families.LanguageModel:
         """The manifest's part about this graph alone, without special tokens."""
-        layout = manifest.KvLayout(
+        layout = families.KvLayout(
             num_layers=self.num_layers, num_kv_heads=self.num_kv_heads, head_size=self.head_size, datatype="FP32"
         )
-        return manifest.LanguageModel(vocab_size=self.vocab_size, max_model_len=self.max_model_len, kv=layout)
+        return families.LanguageModel(vocab_size=self.vocab_size, max_model_len=self.max_model_len, kv=layout)
 
 
 def make_decoder(path: Path, sizes: TinyDecoder | None = None, *, external_data: bool = False) -> TinyDecoder:
@@ -148,7 +148,7 @@ def make_language_model(
         graphs={"decoder": manifest.Graph(model=_file(folder, "model.onnx"), data=[_file(folder, "model.onnx.data")])},
         files=[_file(folder, file_name) for file_name in sorted([*texts, "tokenizer.json"])],
         source=manifest.Source(uri="tests/tiny_models.py", architecture="LlamaForCausalLM", licence="Apache-2.0"),
-        llm=manifest.LanguageModel(
+        llm=families.LanguageModel(
             vocab_size=sizes.vocab_size,
             max_model_len=sizes.max_model_len,
             kv=sizes.language_model.kv,

@@ -17,7 +17,7 @@ import soundfile
 from onnx import numpy_helper, parser
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from sardonyx.repository import manifest
+from sardonyx.repository import families, manifest
 
 LANGUAGES = ("en", "de", "fr")
 SEGMENTS = ((0.0, 1.0, " one two"), (1.0, 2.0, " three"))
@@ -110,12 +110,12 @@ def make_speech_model(
         created="2026-01-01T00:00:00Z",
         graphs={role: manifest.Graph(model=_file(folder, f"{role}.onnx")) for role in graphs},
         files=[_file(folder, "tokenizer.json")],
-        whisper=manifest.Whisper(
+        whisper=families.Whisper(
             vocab_size=vocab_size,
             max_model_len=max_model_len,
             num_mels=_NUM_MELS,
             num_frames=_NUM_FRAMES,
-            kv=manifest.KvLayout(num_layers=1, num_kv_heads=1, head_size=2),
+            kv=families.KvLayout(num_layers=1, num_kv_heads=1, head_size=2),
             start_id=facts["<|startoftranscript|>"],
             end_id=facts["<|endoftext|>"],
             previous_id=facts["<|startofprev|>"],

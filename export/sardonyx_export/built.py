@@ -7,7 +7,8 @@ from typing import Literal
 
 import msgspec
 
-from sardonyx.repository.manifest import Embeddings, Encoder, Family, ImageInput, Labels, LanguageModel, Parity, Whisper
+from sardonyx.repository.families import Diffusion, Embeddings, Encoder, ImageInput, Labels, LanguageModel, Whisper
+from sardonyx.repository.manifest import Family, Parity
 
 
 class Built(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +31,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     labels: Labels | None = None
     image: ImageInput | None = None
     whisper: Whisper | None = None
+    diffusion: Diffusion | None = None
     parity: list[Parity]
     """At least one: nothing is published unverified."""
     config_parameters: dict[str, str] = {}
@@ -37,7 +39,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PaddedGraph(msgspec.Struct, frozen=True, kw_only=True):
-    """A graph that somebody else's exporter made: (B, S) inputs, see the padded layout of `manifest.Encoder`."""
+    """A graph that somebody else's exporter made: (B, S) inputs, see the padded layout of `families.Encoder`."""
 
     files: list[str]
     """In the version folder, the graph first."""

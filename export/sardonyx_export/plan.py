@@ -10,10 +10,12 @@ from sardonyx.repository.manifest import Family
 from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.errors import ExportError
 
-Precision = Literal["fp32", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 Target = Literal["cpu"]
 Activations = Literal["fp32", "int8", "int8_rows"]
-Task = Literal["text-generation", "embeddings", "reranker", "classifier", "image-classifier", "transcription"]
+Task = Literal[
+    "text-generation", "embeddings", "reranker", "classifier", "image-classifier", "transcription", "text-to-image"
+]
 FAMILY_OF_TASK: dict[Task, Family] = {
     "text-generation": "llm",
     "embeddings": "embeddings",
@@ -21,9 +23,10 @@ FAMILY_OF_TASK: dict[Task, Family] = {
     "classifier": "classifier",
     "image-classifier": "image_classifier",
     "transcription": "whisper",
+    "text-to-image": "diffusion",
 }
 
-_BYTES_PER_WEIGHT = {"fp32": 4.0, "int8": 1.125, "int4": 0.625}
+_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.125, "int4": 0.625}
 """With a float32 scale for every 32 weights."""
 _COARSE_STORAGE_PREFIXES = ("Q2", "Q3", "Q4", "IQ", "TQ", "MXFP4", "NVFP4")
 _ENDS = ("model.embed_tokens.weight", "lm_head.weight")

@@ -3,6 +3,7 @@
 Kept apart from the pipeline so that the answer "it is there" needs neither ONNX nor ONNX Runtime to be imported.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,22 @@ from sardonyx.repository.manifest import Manifest
 from sardonyx_export.encoder_spec import Pooling
 from sardonyx_export.plan import FAMILY_OF_TASK, Activations, Precision, Target, Task
 from sardonyx_export.sources.resolve import parse_source, source_uri
+
+
+class Lora(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of weights that is merged into a diffusion model."""
+
+    path: Path
+    """Of its safetensors file."""
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.path.name} by {self.scale:g}"
+
+
+def lora_words(loras: Sequence[Lora]) -> str:
+    """What the manifest says of them at the end of `Source.weights`; nothing where there are none."""
+    return f"; LoRA merged: {', '.join(map(str, loras))}" if loras else ""
 
 
 class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +55,8 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A ready ONNX graph inside the source to take; ``None``: the only one, where there are no weights."""
     tokenizer: Path | None = None
     """A tokenizer.json for an ONNX graph that comes without."""
+    loras: tuple[Lora, ...] = ()
+    """For diffusion models."""
     sha256: str | None = None
     """What the archive or GGUF file must hash to."""
     adds_version: bool = False
@@ -123,5 +142,6 @@ def _is_wanted(manifest: Manifest, request: ExportRequest, uri: str) -> bool:
         and request.precision in ("auto", manifest.precision)
         and request.activations in (None, manifest.activations)
         and request.max_model_len in (None, built_len)
+        and f"; LoRA{manifest.source.weights.partition('; LoRA')[2]}" == (lora_words(request.loras) or "; LoRA")
         and (request.sha256 is None or request.sha256.lower() == manifest.source.sha256)
     )

@@ -35,7 +35,7 @@ _MAX_ERROR = 1e-4
 """Between graph and model, as a share of the largest number where that is more than 1. Rounding makes about 1e-6."""
 _LONGEST_TRIED = 256
 """Tokens. More than the windows of local attention, which a wrong trace would widen or lose."""
-_LOUD = ("torch.onnx", "torch.export", "torch._dynamo", "transformers", "onnxscript")
+_LOUD = ("torch.onnx", "torch.export", "torch._dynamo", "transformers", "diffusers", "onnxscript")
 
 
 def export_traced(path: Path, folder: Path, task: Task) -> PaddedGraph:
@@ -51,7 +51,7 @@ def export_traced(path: Path, folder: Path, task: Task) -> PaddedGraph:
         ExportError: the extra is not installed; the model cannot be loaded or traced; its graph has fixed axes, or
             gives other numbers than the model, padding among the reasons.
     """
-    with _quiet():
+    with quiet():
         model, stored = _load(path, task)
         architecture = type(model).__name__
         _write_graph(model, folder / MODEL_FILE, _OUTPUTS[task], architecture)
@@ -80,19 +80,23 @@ def torch_outputs(path: Path, task: Task, rows: Sequence[Sequence[int]]) -> list
     Raises:
         ExportError: the extra is not installed, or the model cannot be loaded.
     """
-    with _quiet():
+    with quiet():
         model, _ = _load(path, task)
         return [_run(model, _OUTPUTS[task], {"input_ids": np.array([row], np.int64)})[0] for row in rows]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the libraries' progress reports, and warnings about their own insides, from the operator."""
     before = [(logger, logger.level) for logger in map(logging.getLogger, _LOUD)]
     for logger, _ in before:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

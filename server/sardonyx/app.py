@@ -29,6 +29,9 @@ from sardonyx.api.openai.chat import ChatController
 from sardonyx.api.openai.completions import CompletionsController
 from sardonyx.api.openai.embeddings import EmbeddingsController
 from sardonyx.api.openai.errors import EXCEPTION_HANDLERS
+from sardonyx.api.openai.image_forms import ImageFormsController
+from sardonyx.api.openai.image_schemas import MAX_FORM_BYTES
+from sardonyx.api.openai.images import ImagesController
 from sardonyx.api.openai.models import ModelsController
 from sardonyx.api.openai.moderations import ModerationsController
 from sardonyx.api.openai.rerank import RerankController
@@ -41,6 +44,7 @@ from sardonyx.api.textgen.internal import InternalController
 from sardonyx.errors import ConfigError, ServeError
 from sardonyx.metrics import Metrics
 from sardonyx.serving.loader import build_registry
+from sardonyx.serving.picture_store import PictureStore
 from sardonyx.serving.registry import Registry
 from sardonyx.serving.task_finder import TaskFinder
 from sardonyx.settings import Settings, check_exposure
@@ -85,6 +89,7 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics, ending:
         "settings": settings,
         "metrics": metrics,
         "keeper": keeper,
+        "store": PictureStore(settings.image_store_bytes),
     }
     app = Litestar(
         [
@@ -96,6 +101,8 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics, ending:
             RerankController,
             ModerationsController,
             Router("/", route_handlers=[AudioController], request_max_body_size=settings.max_audio_bytes),
+            ImagesController,
+            Router("/", route_handlers=[ImageFormsController], request_max_body_size=MAX_FORM_BYTES),
             TokensController,
             InternalController,
             BillingController,

@@ -40,6 +40,7 @@ _MAX_FILE_BYTES = 1 << 20
 _SIZE = re.compile(r"(\d{1,18})\s*(|KiB|MiB|GiB|TiB)")
 _SIZE_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _ORIGIN = re.compile(r"\*|https?://[^/\s]+")
+_PUBLIC_URL = re.compile(r"https?://[^/\s?#@]+(?:/[^\s?#]*)?")
 _KEY = re.compile(r"[!-~]{1,512}")
 
 Port = Annotated[int, Meta(ge=0, le=65_535)]
@@ -161,6 +162,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Length of a sound at most, in seconds; one of an hour takes 0.6 GB while it is prepared, then 0.1 GB."""
     max_queued_audio_s: Annotated[int, Meta(ge=1, le=1 << 40)] = 36_000
     """Seconds of sound admitted and not yet transcribed, over all models; estimated from bytes until it is decoded."""
+    max_queued_image_steps: Annotated[int, Meta(ge=1, le=1 << 40)] = 20_000
+    """Steps of pictures admitted and not yet made, over all models."""
+    image_store_bytes: CountOrAuto = 64 << 20
+    """Memory for pictures that are answered as URLs, each for an hour. 0: none is kept, URLs hold them as `data:`."""
+    public_url: str | None = None
+    """Where callers reach us (`https://ai.example`), for URLs of pictures. Unset: the address that they called."""
     request_timeout_s: Seconds = 600.0
     """A request is ended after so long, counted from its arrival."""
     queue_timeout_s: Seconds = 60.0
@@ -398,6 +405,8 @@ def _check_value(name: str, value: Any, where: dict[str, str]) -> None:
         raise ConfigError("holds no key, or one with a space or a character that a header cannot carry", **where)
     if name == "cors_origins" and not all(_ORIGIN.fullmatch(origin) for origin in value):
         raise ConfigError(f"expected * or scheme://host[:port], not {value!r}", **where)
+    if name == "public_url" and value is not None and not _PUBLIC_URL.fullmatch(value):
+        raise ConfigError(f"expected http://... or https://..., without a query, not {value!r}", **where)
     if name in {"host", "default_model"} and value is not None and (not value or value != value.strip()):
         raise ConfigError("is empty or has spaces around it", **where)
 

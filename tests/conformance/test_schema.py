@@ -12,13 +12,14 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 from tests.conformance.process import serve
+from tests.tiny_diffusion import make_diffusion_model, picture_file
 from tests.tiny_models import make_language_model
 from tests.tiny_speech import make_speech_model, wav
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
-# Few files are a sound by chance.
-schemathesis.openapi.format("binary", st.sampled_from([wav(0.5), wav(1.0)]) | st.binary())
+# Few files are a sound or a picture by chance.
+schemathesis.openapi.format("binary", st.sampled_from([wav(0.5), picture_file()]) | st.binary())
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,7 @@ def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("schema")
     make_language_model(root / "repository")
     make_speech_model(root / "repository", "hears")
+    make_diffusion_model(root / "repository", "paints")
     # Answers are short, so that the time goes into requests.
     with serve(root / "repository", root / "log", "--max-choices", "4", "--max-model-len", "64") as server:
         yield server
@@ -58,8 +60,8 @@ def test_any_request_is_answered_as_declared(server, operations, mode):
     check(operations, mode, 25, derandomize=True)
     if mode is GenerationMode.POSITIVE:
         metrics = server.request("GET", "/metrics")[1].splitlines()
-        for path in ("transcriptions", "translations"):
-            assert any(f'"/v1/audio/{path}"' in line and 'status="200"' in line for line in metrics)
+        for path in ("audio/transcriptions", "audio/translations", "images/edits", "images/variations"):
+            assert any(f'"/v1/{path}"' in line and 'status="200"' in line for line in metrics)
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from sardonyx.repository.families import KvLayout, LanguageModel
 from sardonyx.repository.layout import Repository
-from sardonyx.repository.manifest import KvLayout, LanguageModel, Parity
+from sardonyx.repository.manifest import Parity
 from sardonyx_export.built import Built
 from sardonyx_export.plan import make_plan
 from sardonyx_export.sources.resolve import OpenSource

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tests.export.encoder_checkpoints import HIDDEN_SIZE, make_encoder
 
-from sardonyx.repository.manifest import Encoder
+from sardonyx.repository.families import Encoder
 from sardonyx_export.built import PaddedGraph
 from sardonyx_export.errors import ExportError
 from sardonyx_export.stages.encoder_reference import EncodedRow

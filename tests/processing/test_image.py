@@ -11,7 +11,7 @@ from PIL import Image
 
 from sardonyx.errors import InvalidRequest
 from sardonyx.processing.image import FORMATS, decode_data_uri, preprocess
-from sardonyx.repository.manifest import ImageInput
+from sardonyx.repository.families import ImageInput
 
 PLAIN = ImageInput(name="x", output="y", layout="NHWC", resize=[4, 4], crop=[4, 4], mean=[0.0] * 3)
 

@@ -5,7 +5,7 @@ from tests.processing.whisper_making import LANGUAGES, make_tokens
 
 from sardonyx.errors import InvalidRequest, UnsupportedFeature
 from sardonyx.processing.whisper_tokens import TokenWord, WhisperTokens
-from sardonyx.repository.manifest import Whisper
+from sardonyx.repository.families import Whisper
 
 Made = tuple[WhisperTokens, Whisper]
 

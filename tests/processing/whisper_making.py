@@ -7,7 +7,7 @@ from tokenizers import AddedToken
 
 from sardonyx.processing.tokenizer import Tokenizer
 from sardonyx.processing.whisper_tokens import WhisperTokens
-from sardonyx.repository.manifest import KvLayout, Whisper
+from sardonyx.repository.families import KvLayout, Whisper
 
 LANGUAGES = ["en", "de", "ja"]
 STEERING = ["startoftranscript", "translate", "transcribe", "startofprev", "nospeech", "notimestamps"]

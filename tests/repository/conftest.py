@@ -5,8 +5,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from sardonyx.repository.families import KvLayout, LanguageModel
 from sardonyx.repository.layout import Repository
-from sardonyx.repository.manifest import FILE_NAME, Graph, GraphFile, KvLayout, LanguageModel, Manifest, Source, encode
+from sardonyx.repository.manifest import FILE_NAME, Graph, GraphFile, Manifest, Source, encode
 
 
 def listed(path: Path) -> GraphFile:

@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from sardonyx.errors import ConfigError, EngineError
-from sardonyx.repository.manifest import ImageInput
+from sardonyx.repository.families import ImageInput
 from sardonyx.runners.images import INPUT, OUTPUT, ImageClassifierRunner, image_shape
 from sardonyx.runtime.session import open_session
 from sardonyx.tensors import TensorBatch, TensorRequest, TensorRow

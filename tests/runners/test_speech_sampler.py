@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sardonyx.repository.manifest import KvLayout, Whisper
+from sardonyx.repository.families import KvLayout, Whisper
 from sardonyx.runners.sampler import MIN_TEMPERATURE
 from sardonyx.runners.speech_sampler import MAX_INITIAL_TIMESTAMP, SpeechSampler, log_sum_exp, probability
 

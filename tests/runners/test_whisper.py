@@ -16,7 +16,8 @@ from tests.export.whisper_checkpoints import SIZES, make_whisper  # noqa: E402 -
 
 from sardonyx.core import BatchRow, SamplingParams, Sequence  # noqa: E402
 from sardonyx.errors import ConfigError, EngineError  # noqa: E402
-from sardonyx.repository.manifest import KvLayout, Whisper  # noqa: E402
+from sardonyx.repository.families import KvLayout  # noqa: E402
+from sardonyx.repository.manifest import Whisper  # noqa: E402
 from sardonyx.runners.speech_sampler import SpeechSampler  # noqa: E402
 from sardonyx.runners.whisper import WhisperRunner, WhisperSessions, slot_bytes  # noqa: E402
 from sardonyx.runtime.session import open_session  # noqa: E402

@@ -3,7 +3,7 @@ import psutil
 import pytest
 
 from sardonyx.errors import ConfigError
-from sardonyx.repository.manifest import KvLayout
+from sardonyx.repository.families import KvLayout
 from sardonyx.runtime.kv_cache import KvCache, bytes_per_slot
 
 LAYOUT = KvLayout(num_layers=3, num_kv_heads=2, head_size=8)

@@ -14,6 +14,9 @@ from sardonyx.serving.tasks import (
     Encoded,
     EncodeOptions,
     HeardWindow,
+    ImageOptions,
+    ImageUsage,
+    PictureUpdate,
     TextInput,
     TranscriptionOptions,
 )
@@ -192,6 +195,76 @@ class FakeTranscriber(Waits):
         return self.transcripts[-1]
 
 
+class FakePictures:
+    """Updates as a test has written them down; an exception among them is raised there."""
+
+    def __init__(self, task: "FakePainter", id: str, options: ImageOptions) -> None:
+        self.id = id
+        self.size = options.size or task.size
+        places = self.size[0] * self.size[1] // 64
+        self.usage = ImageUsage(
+            num_text_tokens=len(options.prompt),
+            num_source_tokens=0 if options.source is None else places,
+            num_picture_tokens=places,
+        )
+        self.is_aborted = False
+        self._task = task
+        self._updates = task.updates or task.pictures(options, self.size)
+
+    async def __aiter__(self) -> AsyncIterator[PictureUpdate]:
+        for update in self._updates:
+            if self._task.update_gate is not None:
+                await self._task.update_gate.acquire()
+            if isinstance(update, Exception):
+                raise update
+            yield update
+
+    async def collect(self) -> list[PictureUpdate]:
+        try:
+            return sorted([update async for update in self if update.is_final], key=lambda update: update.index)
+        finally:
+            self.abort()
+
+    def abort(self, error: ServeError | None = None) -> None:
+        self.is_aborted = True
+
+
+class FakePainter(Waits):
+    """Paints each picture of a call in one grey: the first is 10, the next 20; previews are 1, 2, 3."""
+
+    size = (16, 24)
+    default_steps = 20
+    max_steps = 50
+
+    def __init__(self, name: str = "painter", *updates: PictureUpdate | Exception) -> None:
+        super().__init__(name)
+        self.updates = list(updates)
+        self.update_gate: asyncio.Semaphore | None = None
+        """Each update waits for it, where there is one."""
+        self.asked: list[ImageOptions] = []
+        self.started: list[FakePictures] = []
+
+    def pictures(self, options: ImageOptions, size: tuple[int, int]) -> list[PictureUpdate | Exception]:
+        found: list[PictureUpdate | Exception] = []
+        for index in range(options.n):
+            found += [
+                PictureUpdate(index, np.full((2, 3, 3), number + 1, np.uint8), is_final=False)
+                for number in range(options.num_previews)
+            ]
+            found.append(PictureUpdate(index, np.full((*size, 3), 10 * (index + 1), np.uint8), is_final=True))
+        return found
+
+    def asked_for(self, prompt: str) -> ImageOptions:
+        """What a request says that has nothing but its prompt."""
+        return ImageOptions(prompt=prompt, steps=self.default_steps)
+
+    async def start(self, options: ImageOptions, *, request_id: str) -> FakePictures:
+        self.asked.append(options)
+        await self.enter(options.prompt)
+        self.started.append(FakePictures(self, request_id, options))
+        return self.started[-1]
+
+
 class TaskSource:
     """A repository of models that are one task each, by the task's name."""
 
@@ -218,4 +291,5 @@ _FAMILIES: dict[type, str] = {
     FakeClassifier: "classifier",
     FakeImageClassifier: "image_classifier",
     FakeTranscriber: "whisper",
+    FakePainter: "diffusion",
 }

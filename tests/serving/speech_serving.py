@@ -16,7 +16,7 @@ from sardonyx.engine.stats import STEP_S_BOUNDS, LoopStats
 from sardonyx.errors import EngineDead
 from sardonyx.metrics import ModelMetrics
 from sardonyx.processing.whisper_tokens import WhisperTokens
-from sardonyx.repository.manifest import Whisper
+from sardonyx.repository.families import Whisper
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.dispatch import EventDispatch
 from sardonyx.serving.passage import SpeechTools

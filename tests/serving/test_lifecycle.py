@@ -602,8 +602,8 @@ def test_readiness_that_is_not_strict_asks_for_no_model() -> None:
 
 def test_a_wanted_model_of_an_unknown_family_is_a_failure() -> None:
     source = FakeSource()
-    source.write("a", family="diffusion")
-    source.errors["a"] = ConfigError("models of the family diffusion are not served")
+    source.write("a", family="video")
+    source.errors["a"] = ConfigError("models of the family video are not served")
 
     async def test(registry: Registry) -> None:
         assert list(registry.startup_failures()) == ["a"]

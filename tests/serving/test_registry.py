@@ -95,12 +95,12 @@ def states(registry: Registry) -> dict[str, str]:
 
 def test_every_model_of_a_known_family_is_loaded_at_start(folder: Path) -> None:
     shelf = Shelf(folder, "b", "a")
-    shelf.facts["pictures"] = IndexEntry(name="pictures", versions=[1], family="diffusion")
+    shelf.facts["pictures"] = IndexEntry(name="pictures", versions=[1], family="video")
 
     async def test(registry: Registry) -> None:
         assert states(registry) == {"a": "READY", "b": "READY", "pictures": "UNAVAILABLE"}
         assert registry.resolve("b").name == "b"
-        with pytest.raises(ModelNotReady, match="pictures is unavailable: models of the family diffusion"):
+        with pytest.raises(ModelNotReady, match="pictures is unavailable: models of the family video"):
             registry.resolve("pictures")
         assert registry.is_ready()
 

@@ -182,3 +182,49 @@ def test_speech_model_that_is_missing_or_unloaded_is_told():
         started(Source(a=("embeddings", Embedder()))).transcriber("whisper-1")
     with pytest.raises(ModelNotReady):
         started(Source(a=("whisper", Transcriber())), "a").transcriber("whisper-1")
+
+
+class Painter:
+    name = "painter"
+    size = (512, 512)
+    default_steps = 30
+    max_steps = 100
+
+    async def start(self, options, *, request_id):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "name", [None, "", "b", "dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-2-2026-04-21", "chatgpt-image-latest"]
+)
+def test_openais_names_and_none_mean_the_first_image_model(name):
+    painter = Painter()
+    finder = started(Source(a=("embeddings", Embedder()), b=("diffusion", painter), c=("diffusion", Painter())))
+    assert finder.painter(name) is painter
+
+
+def test_operators_model_of_openais_name_paints_first():
+    painter = Painter()
+    source = Source(a=("diffusion", Painter()))
+    source.write("dall-e-3", family="diffusion")
+    source.tasks["dall-e-3"] = painter
+    assert started(source).painter("dall-e-3") is painter
+
+
+@pytest.mark.parametrize("name", ["dall-e", "dall-e-30", "gpt-4o", "whisper-1", "xgpt-image-1"])
+def test_names_of_other_models_paint_nothing(name):
+    with pytest.raises(ModelNotFound):
+        started(Source(a=("diffusion", Painter()))).painter(name)
+
+
+def test_model_that_paints_nothing_is_refused_by_name():
+    finder = started(Source(a=("embeddings", Embedder()), b=("diffusion", Painter())))
+    with pytest.raises(InvalidRequest, match="model a is not an image model"):
+        finder.painter("a")
+
+
+def test_image_model_that_is_missing_or_unloaded_is_told():
+    with pytest.raises(ModelNotFound, match="no image model"):
+        started(Source(a=("embeddings", Embedder()))).painter("dall-e-3")
+    with pytest.raises(ModelNotReady):
+        started(Source(a=("diffusion", Painter())), "a").painter("dall-e-3")

@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from sardonyx.repository.manifest import KvLayout
+from sardonyx.repository.families import KvLayout
 from sardonyx_export.builders import gguf_blocks
 from sardonyx_export.builders.decoder_graph import DecoderGraph
 from sardonyx_export.builders.graph import GraphWriter

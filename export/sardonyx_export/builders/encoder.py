@@ -49,7 +49,7 @@ def build_encoder(
     output: str,
     progress: Progress | None = None,
 ) -> EncoderBuildReport:
-    """Write ``model.onnx`` and ``model.onnx.data``, a graph of the packed layout of `manifest.Encoder`.
+    """Write ``model.onnx`` and ``model.onnx.data``, a graph of the packed layout of `families.Encoder`.
 
     It takes token_type_ids where the model has more than one type, and num_prompt_tokens where the head leaves the
     prompt out.

@@ -2,7 +2,7 @@
 
 All tokens of all rows lie in one axis T; only attention and pooling see the padded view (B, S). Where the head wants
 one token of each row, the last layer goes on with these alone after its attention. Inputs and output are those of the
-packed layout of `manifest.Encoder`.
+packed layout of `families.Encoder`.
 """
 
 import numpy as np

@@ -7,7 +7,7 @@ the activation that a checkpoint asks for.
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from sardonyx.repository.manifest import Labels
+from sardonyx.repository.families import Labels
 from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.encoder_spec import Activation, Dense, EncoderSpec, Head, Norm, Pooling
 from sardonyx_export.errors import ExportError

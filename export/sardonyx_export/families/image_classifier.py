@@ -14,7 +14,8 @@ from onnx import TensorProto
 from PIL import Image
 
 from sardonyx.processing.image import preprocess
-from sardonyx.repository.manifest import ImageInput, Labels, Parity
+from sardonyx.repository.families import ImageInput, Labels
+from sardonyx.repository.manifest import Parity
 from sardonyx.runners.images import INPUT, OUTPUT, ImageClassifierRunner
 from sardonyx.runtime.session import open_session
 from sardonyx.tensors import TensorBatch, TensorRequest, TensorRow

@@ -1,4 +1,4 @@
-"""What Hugging Face's ``preprocessor_config.json`` says of pictures, as `manifest.ImageInput`.
+"""What Hugging Face's ``preprocessor_config.json`` says of pictures, as `families.ImageInput`.
 
 Source: transformers 5.24, the image processors named here and the backend they share, with Pillow.
 """
@@ -6,7 +6,7 @@ Source: transformers 5.24, the image processors named here and the backend they 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sardonyx.repository.manifest import ImageInput
+from sardonyx.repository.families import ImageInput
 from sardonyx_export.errors import ExportError
 
 FILE = "preprocessor_config.json"

@@ -13,7 +13,8 @@ import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from sardonyx.repository.manifest import Encoder, Labels, Parity
+from sardonyx.repository.families import Encoder, Labels
+from sardonyx.repository.manifest import Parity
 from sardonyx_export.builders.graph import GraphWriter
 from sardonyx_export.built import Built
 from sardonyx_export.encoder_spec import Array
@@ -108,7 +109,7 @@ def _unpickle(path: Path, sha256: str | None) -> tuple[Any, Any]:
 def convert(vectorizer: Any, model: Any, folder: Path, *, max_model_len: int) -> Built:
     """Write the graph of a fitted ``TfidfVectorizer`` and ``CalibratedClassifierCV`` over ``LinearSVC``.
 
-    Both are scikit-learn's, which has no types. The graph has the packed layout of `manifest.Encoder`: input_ids (T)
+    Both are scikit-learn's, which has no types. The graph has the packed layout of `families.Encoder`: input_ids (T)
     int64, row_gather (B, S) int64, seqlens (B) int32 -> scores (B, 1) float32, the probability of class 1.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from sardonyx.repository.manifest import Embeddings
+from sardonyx.repository.families import Embeddings
 from sardonyx_export.encoder_spec import Activation, Dense, Head, Norm, Normalise, Pooling
 from sardonyx_export.errors import ExportError
 from sardonyx_export.sources.model_folder import ModelFolder

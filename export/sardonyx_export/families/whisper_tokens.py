@@ -14,7 +14,7 @@ from typing import Any
 
 import tokenizers
 
-from sardonyx.repository.manifest import KvLayout, Whisper
+from sardonyx.repository.families import KvLayout, Whisper
 from sardonyx_export.errors import ExportError
 from sardonyx_export.sources.texts import parse_object
 from sardonyx_export.whisper_spec import WhisperSpec

@@ -1,8 +1,9 @@
 """Which recipe a source needs: by what lies in it, by its architecture, and by what was asked for."""
 
 from sardonyx_export.errors import ExportError
-from sardonyx_export.families import encoder, encoder_heads, llm, whisper
+from sardonyx_export.families import diffusion, encoder, encoder_heads, llm, whisper
 from sardonyx_export.plan import Task
+from sardonyx_export.recipes.diffusion import DiffusionRecipe
 from sardonyx_export.recipes.language_model import LanguageModelRecipe
 from sardonyx_export.recipes.packaged import image_classifier, profanity
 from sardonyx_export.recipes.padded_encoder import PaddedEncoderRecipe
@@ -28,7 +29,15 @@ def choose_recipe(opened: OpenSource, request: ExportRequest) -> Recipe:
     task = _task(opened, request)
     if task != "embeddings" and request.pooling is not None:
         raise ExportError(f"is for embeddings; this is exported as {task}", field="--pooling")
+    if task != "text-to-image" and (request.precision == "fp16" or request.loras):
+        field = "--precision" if request.precision == "fp16" else "--lora"
+        raise ExportError(
+            f"{'fp16 ' if field == '--precision' else ''}is for diffusion models; this is exported as {task}",
+            field=field,
+        )
     match task:
+        case "text-to-image":
+            return DiffusionRecipe(opened, name, request)
         case "text-generation":
             if opened.checkpoint is None:
                 raise ExportError(
@@ -60,13 +69,17 @@ def _task(opened: OpenSource, request: ExportRequest) -> Task:
     asked = request.task
     if _is_pickled(opened):
         found: Task | None = "classifier"
+    elif _is_pipeline(opened):
+        found = "text-to-image"
     elif _is_image_classifier(opened):
         found = "image-classifier"
     elif opened.checkpoint is not None:
         found = _task_of(opened)
     else:
         found = _task_of_config(opened)
-    has_own_form = not {"image-classifier", "transcription"}.isdisjoint((asked, found)) or _is_pickled(opened)
+    has_own_form = not {"image-classifier", "transcription", "text-to-image"}.isdisjoint((asked, found)) or _is_pickled(
+        opened
+    )
     if asked != "auto" and asked != found and has_own_form:
         raise ExportError(f"is {asked}; the source is of the task {found}", field="--task")
     if asked == "auto" and found is None:
@@ -113,6 +126,10 @@ def _architecture(opened: OpenSource) -> str:
 
 def _is_pickled(opened: OpenSource) -> bool:
     return opened.checkpoint is None and opened.path.is_dir() and any(opened.path.glob("*.joblib"))
+
+
+def _is_pipeline(opened: OpenSource) -> bool:
+    return opened.checkpoint is None and opened.path.is_dir() and ModelFolder(opened.path).has(diffusion.INDEX_FILE)
 
 
 def _is_image_classifier(opened: OpenSource) -> bool:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from sardonyx.repository.manifest import LanguageModel
+from sardonyx.repository.families import LanguageModel
 from sardonyx.runtime.session import configure_threads
 from sardonyx_export.builders.decoder import BuildOptions, build_decoder
 from sardonyx_export.built import Built
@@ -44,6 +44,7 @@ class LanguageModelRecipe:
         tokenizer = load_tokenizer(checkpoint)
         special = read_special_tokens(checkpoint, tokenizer, vocab_size=spec.vocab_size)
         prompts = make_prompts(tokenizer, vocab_size=spec.vocab_size, max_model_len=spec.max_model_len)
+        assert plan.precision != "fp16"  # `choose_recipe` refuses it
         options = BuildOptions(
             precision=plan.precision,
             activations=plan.activations,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sardonyx.repository.manifest import Embeddings, Encoder, Labels, Parity
+from sardonyx.repository.families import Embeddings, Encoder, Labels
+from sardonyx.repository.manifest import Parity
 from sardonyx.runtime.session import configure_threads
 from sardonyx_export.builders.head import build_head
 from sardonyx_export.built import Built, PaddedGraph

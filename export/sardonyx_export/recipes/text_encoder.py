@@ -5,7 +5,8 @@ from collections import Counter
 from math import prod
 from pathlib import Path
 
-from sardonyx.repository.manifest import Embeddings, Encoder, Labels, Parity
+from sardonyx.repository.families import Embeddings, Encoder, Labels
+from sardonyx.repository.manifest import Parity
 from sardonyx.runtime.session import configure_threads
 from sardonyx_export.builders.encoder import build_encoder
 from sardonyx_export.built import Built

@@ -11,6 +11,18 @@ from sardonyx_export.errors import ExportError
 
 ALLOW_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "model.bin", "tokenizer.model", "README.md")
 """README.md is the model card: the licence stands in it. ``model.bin`` is CTranslate2's; pickles have other names."""
+PIPELINE_FILE = "model_index.json"
+PIPELINE_PATTERNS = (
+    PIPELINE_FILE,
+    "README.md",
+    "*/*.json",
+    "tokenizer*/merges.txt",
+    "unet/diffusion_pytorch_model*.safetensors",
+    "vae/diffusion_pytorch_model*.safetensors",
+    "text_encoder*/model*.safetensors",
+)
+"""Of a pipeline of diffusers: its parts, and not the single files for other programs that lie beside them."""
+PIPELINE_IGNORED = ("*.fp16*", "*non_ema*", "safety_checker/*", "*/*/*")
 IGNORE_PATTERNS = ("[!0-9]*/*", "consolidated*.safetensors")
 """Subfolders hold other formats of the same weights, and so does Mistral's consolidated file. Those whose name begins
 with a number, as in ``1_Pooling``, are sentence-transformers' modules."""
@@ -33,11 +45,14 @@ def fetch_snapshot(repo_id: str, revision: str | None, *, file: str | None = Non
 
     name = f"hf:{repo_id}" + (f"@{revision}" if revision else "")
     try:
+        # First, because beside a pipeline lie files of many gigabytes that it does not need.
+        folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=[PIPELINE_FILE])
+        is_pipeline = (Path(folder) / PIPELINE_FILE).exists()
         folder = huggingface_hub.snapshot_download(
             repo_id,
             revision=revision,
-            allow_patterns=list(ALLOW_PATTERNS),
-            ignore_patterns=list(IGNORE_PATTERNS),
+            allow_patterns=list(PIPELINE_PATTERNS if is_pipeline else ALLOW_PATTERNS),
+            ignore_patterns=list(PIPELINE_IGNORED if is_pipeline else IGNORE_PATTERNS),
         )
         if file is not None:
             patterns = [f"{glob.escape(file)}*"]

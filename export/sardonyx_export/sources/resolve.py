@@ -196,6 +196,10 @@ def _open_folder(path: Path, uri: str, licence: str | None, sha256: str | None) 
     if folder.has(MODEL_FILE) and not any(path.glob("*.safetensors")):
         converted = CTranslate2Folder(path, uri=uri, licence=licence, sha256=sha256)
         return OpenSource(path=path, uri=uri, name=name, checkpoint=converted, licence=converted.licence, sha256=sha256)
+    if folder.has("model_index.json"):
+        card = folder.read("README.md")
+        stated = (texts.card_licence(card) if card else None) or licence
+        return OpenSource(path=path, uri=uri, name=name, licence=stated, sha256=sha256)
     has_graphs = any(True for pattern in _READY for _ in path.glob(pattern))
     if folder.has("config.json") and (not has_graphs or any(path.glob("*.safetensors"))):
         checkpoint = SafetensorsFolder(path, uri=uri, licence=licence, sha256=sha256)

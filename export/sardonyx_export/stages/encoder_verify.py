@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sardonyx.repository.manifest import Encoder, Labels, Parity
+from sardonyx.repository.families import Encoder, Labels
+from sardonyx.repository.manifest import Parity
 from sardonyx.runners.encoder import OUTPUT, EncoderGraphs, EncoderRunner
 from sardonyx.runtime.session import open_session
 from sardonyx.tensors import TensorBatch, TensorRequest, TensorRow

@@ -11,7 +11,18 @@ from sardonyx_export.plan import Plan
 from sardonyx_export.sources.gguf_file import file_sha256
 from sardonyx_export.sources.resolve import OpenSource
 
-_TOOLS = ("sardonyx", "onnx", "onnxruntime", "gguf", "numpy", "tokenizers", "scikit-learn", "torch", "transformers")
+_TOOLS = (
+    "sardonyx",
+    "onnx",
+    "onnxruntime",
+    "gguf",
+    "numpy",
+    "tokenizers",
+    "scikit-learn",
+    "torch",
+    "transformers",
+    "diffusers",
+)
 
 _HEADER = """\
 # Export wrote this file once and leaves it alone from now on: it is yours to edit.
@@ -40,6 +51,11 @@ _SPEECH = """\
 # parameters { key: "max_num_seqs" value { string_value: "16" } }
 # parameters { key: "max_batch_windows" value { string_value: "4" } }
 # parameters { key: "kv_cache_bytes" value { string_value: "1GiB" } }
+"""
+_DIFFUSION = """\
+# parameters { key: "max_num_seqs" value { string_value: "8" } }
+# parameters { key: "max_batch_rows" value { string_value: "8" } }
+# parameters { key: "max_steps" value { string_value: "50" } }
 """
 _MODERATION = """\
 # What a label says about the categories of /v1/moderations, with the score from which each is flagged:
@@ -82,6 +98,7 @@ def write_version(folder: Path, opened: OpenSource, plan: Plan, built: Built) ->
         labels=built.labels,
         image=built.image,
         whisper=built.whisper,
+        diffusion=built.diffusion,
         parity=built.parity,
         tools=_tool_versions(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -99,6 +116,8 @@ def config_text(plan: Plan, built: Built) -> str:
         text += _ENCODER.format(max_model_len=built.encoder.max_model_len)
     elif built.whisper is not None:
         text += _SPEECH
+    elif built.diffusion is not None:
+        text += _DIFFUSION
     else:
         text += _IMAGES
     text += _EMBEDDINGS if built.family == "embeddings" else ""

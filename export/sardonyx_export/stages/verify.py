@@ -13,7 +13,8 @@ import numpy.typing as npt
 import tokenizers
 
 from sardonyx.core import RunnerLimits
-from sardonyx.repository.manifest import LanguageModel, Parity
+from sardonyx.repository.families import LanguageModel
+from sardonyx.repository.manifest import Parity
 from sardonyx.runners.decoder import DecoderRunner, ForwardRow
 from sardonyx.runtime.session import open_session
 from sardonyx_export.errors import ExportError

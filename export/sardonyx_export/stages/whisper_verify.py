@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from sardonyx.repository.manifest import Parity, Whisper
+from sardonyx.repository.families import Whisper
+from sardonyx.repository.manifest import Parity
 from sardonyx.runtime.session import Session, open_session
 from sardonyx_export.errors import ExportError
 from sardonyx_export.stages.verify import Tolerance, compare_logits, log_softmax

@@ -10,6 +10,7 @@ from litestar.params import SkipValidation
 
 from sardonyx.api.auth import Gatekeeper
 from sardonyx.metrics import Metrics
+from sardonyx.serving.picture_store import PictureStore
 from sardonyx.serving.registry import Registry
 from sardonyx.serving.task_finder import TaskFinder
 from sardonyx.settings import Settings
@@ -18,4 +19,5 @@ Tasks: TypeAlias = NamedDependency[SkipValidation[TaskFinder]]
 Models: TypeAlias = NamedDependency[SkipValidation[Registry]]
 ServerSettings: TypeAlias = NamedDependency[SkipValidation[Settings]]
 ServerMetrics: TypeAlias = NamedDependency[SkipValidation[Metrics]]
+Store: TypeAlias = NamedDependency[SkipValidation[PictureStore]]
 Keeper: TypeAlias = NamedDependency[SkipValidation[Gatekeeper]]

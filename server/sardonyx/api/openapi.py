@@ -29,7 +29,7 @@ _TEXTS = "texts"
 _REFERENCE = "#/components/schemas/{name}"
 
 
-def answers(reply: Any, media_type: MediaType = MediaType.JSON) -> dict[int, ResponseSpec]:
+def answers(reply: Any, media_type: MediaType | str = MediaType.JSON) -> dict[int, ResponseSpec]:
     """``responses=`` of a handler: the reply, and the envelope for whatever may go wrong."""
     refused = ResponseSpec(ErrorBody, generate_examples=False, description="Refused or failed; the envelope says why.")
     success = ResponseSpec(reply, generate_examples=False, description="Success.", media_type=media_type)

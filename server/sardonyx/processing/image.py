@@ -7,13 +7,14 @@ a broken file becomes an error in our own words. Everything here blocks.
 import binascii
 import io
 import re
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from sardonyx.errors import InvalidRequest
-from sardonyx.repository.manifest import ImageInput
+from sardonyx.repository.families import ImageInput
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 20 << 20
@@ -86,7 +87,7 @@ def preprocess(data: bytes, spec: ImageInput, *, max_pixels: int = MAX_PIXELS) -
     Raises:
         InvalidRequest: another format, a damaged file, too many pixels, or too long and narrow to be resized.
     """
-    picture = _resized(_decode(data, max_pixels), spec, max_pixels)
+    picture = _resized(decode_image(data, max_pixels), spec, max_pixels)
     if spec.has_jpeg_round_trip:
         picture = _by_way_of_jpeg(picture)
     height, width = spec.crop
@@ -98,11 +99,14 @@ def preprocess(data: bytes, spec: ImageInput, *, max_pixels: int = MAX_PIXELS) -
     return np.ascontiguousarray(values.transpose(2, 0, 1) if spec.layout == "NCHW" else values)
 
 
-def _decode(data: bytes, max_pixels: int) -> Image.Image:
-    """RGB, at least a pixel.
+def decode_image(data: bytes, max_pixels: int, *, mode: Literal["RGB", "RGBA"] = "RGB") -> Image.Image:
+    """An encoded picture, at least a pixel of it.
+
+    Args:
+        mode: without alpha, or with.
 
     Raises:
-        InvalidRequest: as `preprocess`.
+        InvalidRequest: another format, a damaged file, or too many pixels.
     """
     if data[:2] == b"\xff\xd8" and data.count(_START_OF_SCAN) > _MAX_SCANS:
         raise InvalidRequest(f"is a JPEG of more than {_MAX_SCANS} scans")
@@ -120,12 +124,14 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
             raise InvalidRequest("has no pixels")
         if picture.width * picture.height > max_pixels:
             raise _too_many_pixels(max_pixels)
-        # For RGB it means nothing, but that Pillow warns that it will be gone.
-        picture.info.pop("transparency", None)
+        if mode == "RGB":
+            # It means nothing then, but that Pillow warns that it will be gone.
+            picture.info.pop("transparency", None)
         try:
             picture.load()
-            picture.info.pop("transparency", None)
-            return picture if picture.mode == "RGB" else picture.convert("RGB")
+            if mode == "RGB":
+                picture.info.pop("transparency", None)
+            return picture if picture.mode == mode else picture.convert(mode)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise _too_many_pixels(max_pixels) from None
         except Exception:  # Pillow's decoders share no exception

@@ -12,7 +12,7 @@ import msgspec
 
 from sardonyx.errors import InvalidRequest, UnsupportedFeature
 from sardonyx.processing.tokenizer import Tokenizer
-from sardonyx.repository.manifest import Whisper
+from sardonyx.repository.families import Whisper
 
 Task = Literal["transcribe", "translate"]
 

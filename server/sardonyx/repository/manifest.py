@@ -11,6 +11,16 @@ import msgspec
 from msgspec import Meta
 
 from sardonyx.errors import ConfigError
+from sardonyx.repository.families import (
+    Count,
+    Diffusion,
+    Embeddings,
+    Encoder,
+    ImageInput,
+    Labels,
+    LanguageModel,
+    Whisper,
+)
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -18,9 +28,6 @@ MAX_BYTES = 4 << 20
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-Count = Annotated[int, Meta(ge=1, le=1 << 31)]
-TokenId = Annotated[int, Meta(ge=0, le=1 << 31)]
 
 
 class GraphFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,15 +44,6 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     model: GraphFile
     data: list[GraphFile] = []
-
-
-class KvLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Shape of the in-place cache: ``past_key_values.{i}.key|value`` is ``(B, K, C, D)``, bound as present too."""
-
-    num_layers: Count
-    num_kv_heads: Count
-    head_size: Count
-    datatype: Literal["FP32", "FP16", "BF16", "INT8"] = "FP32"
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,150 +83,6 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The rule that publishing held it to."""
 
 
-class LanguageModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the llm family adds."""
-
-    vocab_size: Count
-    """Width of the logits; the tokenizer may know fewer."""
-    max_model_len: Count
-    """Positions that the graph was built for."""
-    kv: KvLayout
-    bos_token_id: TokenId | None = None
-    eos_token_ids: list[TokenId] = []
-    """Tokens that end a completion."""
-    pad_token_id: TokenId | None = None
-    add_bos_token: bool = False
-    """The tokenizer puts a BOS before a plain prompt."""
-
-
-class Encoder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the families embeddings, reranker and classifier add: a graph that sees each text once and as a whole.
-
-    Its graph ``encoder`` has one of two layouts (T packed tokens of all rows, B rows, S tokens of the longest row). An
-    input that a graph does not declare is not given.
-
-    packed: input_ids (T) int64, token_type_ids (T) int64, position_ids (T) int64 from 0 in each row, row_gather (B, S)
-    int64, row_scatter (T) int64, seqlens (B) int32, num_prompt_tokens (B) int32 -> `output` (B, width) float32.
-
-    padded: input_ids, attention_mask, token_type_ids, position_ids, each (B, S) int64, rows filled up on the right ->
-    `output`; (B, width) float32, or (B, S, hidden size) where there is a graph ``head``. That one takes
-    token_embeddings (B, S, hidden size) float32, seqlens (B) int32 and num_prompt_tokens (B) int32, and gives
-    embeddings (B, width) float32.
-    """
-
-    layout: Literal["packed", "padded"]
-    output: str
-    """Of the graph ``encoder``."""
-    width: Count
-    """Of a row's result: embedding size, or number of labels."""
-    vocab_size: Count
-    max_model_len: Count
-    """Tokens of a row at most, special ones among them."""
-    pad_token_id: TokenId = 0
-    """Fills rows of the padded layout."""
-
-
-class Embeddings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the family embeddings adds."""
-
-    pooling: str
-    """How token vectors become one, in sentence-transformers' words: ``mean``, ``cls+max``."""
-    is_normalized: bool
-    """Embeddings leave the graph with length 1."""
-    similarity: Literal["cosine", "dot", "euclidean", "manhattan"] = "cosine"
-    """What the model was trained to be compared with."""
-    matryoshka_dims: list[Count] = []
-    """Sizes to which an embedding may be cut, ascending; none: the model was not trained for it."""
-    prompts: dict[str, str] = {}
-    """Texts to put in front of an input, by name: ``query`` -> ``query: ``."""
-    default_prompt: str | None = None
-    """Name of the prompt for requests that name none."""
-    pools_prompt: bool = True
-    """Tokens of the prompt take part in pooling."""
-
-
-class Labels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the families reranker, classifier and image_classifier add: what the numbers of a result mean."""
-
-    names: list[str]
-    """By index. A reranker has one."""
-    activation: Literal["none", "sigmoid", "softmax"]
-    """What makes scores of the graph's output; softmax where exactly one label holds."""
-
-
-class ImageInput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the family image_classifier adds: how a picture becomes the graph's input.
-
-    In this order: decoded as RGB, resized, by way of JPEG where the model was trained so, cropped in the middle,
-    channels swapped, ``(x * scale - mean) / std``.
-    """
-
-    name: str
-    """Of the graph's input."""
-    output: str
-    """Of the graph's output, (B, number of labels)."""
-    layout: Literal["NHWC", "NCHW"]
-    resize: Annotated[list[Count], Meta(min_length=1, max_length=2)]
-    """Height and width; one number: of the shorter side, the picture keeping its shape."""
-    crop: Annotated[list[Count], Meta(min_length=2, max_length=2)]
-    """Height and width of the middle that is kept."""
-    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
-    is_bgr: bool = False
-    scale: float = 1.0
-    mean: Annotated[list[float], Meta(min_length=3, max_length=3)]
-    """In the graph's order of channels."""
-    std: Annotated[list[float], Meta(min_length=3, max_length=3)] = msgspec.field(default_factory=lambda: [1.0] * 3)
-    has_jpeg_round_trip: bool = False
-
-
-class Whisper(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the family whisper adds: three graphs over one window of sound, and the tokens that steer the decoder.
-
-    B windows or rows, M mel bands, F frames, P = F / 2 positions, T packed tokens, A alignment heads; H heads of size D
-    are those of `kv`.
-
-    encoder: mel (B, M, F) float32 -> for each decoder layer i cross.{i}.key (B, H, D, P), cross.{i}.value (B, H, P, D).
-
-    decoder: the packed-step contract with position_ids (T), and cross.{i}.key, cross.{i}.value of the row's window.
-
-    aligner: input_ids (1, S) int64, cross.{i}.key, cross.{i}.value with B = 1 -> attention (A, S, P) float32, the
-    scaled products before the softmax of the heads in `alignment_heads`; logprobs (S - 1) float32, of each token given
-    those before it, among the tokens below `end_id`.
-    """
-
-    vocab_size: Count
-    """Width of the logits; the tokenizer may know fewer: timestamps need no names."""
-    max_model_len: Count
-    """Tokens of a window, prompt and result together."""
-    num_mels: Count
-    num_frames: Count
-    """Of a window, 100 a second."""
-    kv: KvLayout
-    """Of the decoder's own cache."""
-    start_id: TokenId
-    """``<|startoftranscript|>``."""
-    end_id: TokenId
-    """``<|endoftext|>``: every token below it is text."""
-    previous_id: TokenId
-    """``<|startofprev|>``, in front of the text before the window."""
-    no_speech_id: TokenId
-    """``<|nospeech|>``, in older files ``<|nocaptions|>``."""
-    no_timestamps_id: TokenId
-    timestamp_begin_id: TokenId
-    """``<|0.00|>``; those after it are 20 ms apart."""
-    transcribe_id: TokenId | None = None
-    """``None`` in English-only models, which take neither a language nor a task."""
-    translate_id: TokenId | None = None
-    language_ids: dict[str, TokenId] = {}
-    """``en`` -> ``<|en|>``; empty in English-only models."""
-    suppress_ids: list[TokenId] = []
-    """Never a result: signs that are no speech, and all special tokens but `end_id` and timestamps."""
-    begin_suppress_ids: list[TokenId] = []
-    """Never the first of a result: a lone space, and `end_id`."""
-    alignment_heads: list[Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=2, max_length=2)]] = []
-    """Layer and head of the cross-attention that follows the sound; none: there is no graph ``aligner``."""
-
-
 Family = Literal["llm", "embeddings", "reranker", "classifier", "image_classifier", "whisper", "diffusion"]
 
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -238,6 +92,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "classifier": ("encoder", "labels"),
     "image_classifier": ("image", "labels"),
     "whisper": ("whisper",),
+    "diffusion": ("diffusion",),
 }
 """Fields that a family has to have."""
 _GRAPHS: dict[str, tuple[str, ...]] = {
@@ -246,6 +101,7 @@ _GRAPHS: dict[str, tuple[str, ...]] = {
     "reranker": ("encoder",),
     "classifier": ("encoder",),
     "whisper": ("encoder", "decoder"),
+    "diffusion": ("unet", "vae_decoder"),
 }
 """The graphs that a family has to have; the others' is ``model``."""
 
@@ -261,7 +117,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What quantised matrix products make of their other operand: keep it, round it in blocks, or by row."""
     target: Literal["cpu", "cuda"] = "cpu"
     graphs: dict[str, Graph]
-    """By role: ``decoder``, ``encoder``, ``head``, ``aligner``, ``model``."""
+    """By role: ``decoder``, ``encoder``, ``head``, ``aligner``, ``unet``, ``model`` ..."""
     files: list[GraphFile] = []
     """Everything else in the folder: tokenizer.json, chat_template.jinja, generation_config.json ..."""
     source: Source
@@ -277,6 +133,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Present when family is ``image_classifier``."""
     whisper: Whisper | None = None
     """Present when family is ``whisper``."""
+    diffusion: Diffusion | None = None
+    """Present when family is ``diffusion``."""
     parity: list[Parity] = []
     tools: dict[str, str] = {}
     """Package versions that wrote this."""
@@ -329,6 +187,8 @@ def _check_family(manifest: Manifest, file: str) -> None:
     needed = _GRAPHS.get(manifest.family, ("model",))
     if manifest.whisper is not None and manifest.whisper.alignment_heads:
         needed = (*needed, "aligner")
+    if manifest.diffusion is not None:
+        needed = (*needed, *(encoder.graph for encoder in manifest.diffusion.encoders))
     for role in needed:
         if role not in manifest.graphs:
             raise ConfigError(f"needs {'an' if role[0] in 'ae' else 'a'} {role}", file=file, field="graphs")

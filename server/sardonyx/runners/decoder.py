@@ -11,7 +11,7 @@ import numpy as np
 
 from sardonyx.core import Batch, BatchRow, RunnerLimits, StepOutput, TokenLogprobs
 from sardonyx.errors import ConfigError, EngineError
-from sardonyx.repository.manifest import LanguageModel
+from sardonyx.repository.families import LanguageModel
 from sardonyx.runners.logprobs import token_logprobs
 from sardonyx.runners.packed_pass import Logits, PackedPass
 from sardonyx.runners.packing import ForwardRow

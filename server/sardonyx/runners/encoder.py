@@ -1,6 +1,6 @@
 """Steps of encoder models: rows of any lengths through the graph ``encoder``, and where there is one, ``head``.
 
-Floor 3. `repository.manifest.Encoder` describes the two layouts. Instances share a session: ONNX Runtime runs it from
+Floor 3. `repository.families.Encoder` describes the two layouts. Instances share a session: ONNX Runtime runs it from
 several threads at once.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sardonyx.errors import ConfigError, EngineError, ServeError
-from sardonyx.repository.manifest import Encoder
+from sardonyx.repository.families import Encoder
 from sardonyx.runners.lone import LoneRuns
 from sardonyx.runtime.session import Session
 from sardonyx.tensors import InferenceTimes, TensorBatch, TensorOutput, TensorRequest

@@ -1,6 +1,6 @@
 """Steps of image classifiers: prepared pictures, all of one shape, through one graph.
 
-Floor 3. `repository.manifest.ImageInput` says what the graph takes; `processing.image` makes it.
+Floor 3. `repository.families.ImageInput` says what the graph takes; `processing.image` makes it.
 """
 
 import time
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sardonyx.errors import ConfigError, EngineError, ServeError
-from sardonyx.repository.manifest import ImageInput
+from sardonyx.repository.families import ImageInput
 from sardonyx.runtime.session import Session
 from sardonyx.tensors import InferenceTimes, TensorBatch, TensorOutput, TensorRequest
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from sardonyx.repository.manifest import Whisper
+from sardonyx.repository.families import Whisper
 from sardonyx.runners.sampler import MIN_TEMPERATURE, uniform
 
 Floats = npt.NDArray[np.float32]

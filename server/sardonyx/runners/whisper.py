@@ -12,7 +12,7 @@ import numpy as np
 
 from sardonyx.core import BatchRow, RunnerLimits, Sequence
 from sardonyx.errors import ConfigError, EngineError
-from sardonyx.repository.manifest import KvLayout, Whisper
+from sardonyx.repository.families import KvLayout, Whisper
 from sardonyx.runners.packed_pass import Logits, PackedPass
 from sardonyx.runners.packing import ForwardRow
 from sardonyx.runners.speech_sampler import SpeechSampler, log_sum_exp, probability

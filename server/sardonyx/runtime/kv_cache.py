@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sardonyx.errors import ConfigError
-from sardonyx.repository.manifest import KvLayout
+from sardonyx.repository.families import KvLayout
 from sardonyx.runtime.dtypes import DATATYPES
 
 

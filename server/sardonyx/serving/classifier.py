@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sardonyx.errors import ContextLengthExceeded
-from sardonyx.repository import manifest
+from sardonyx.repository import families
 from sardonyx.serving.activation import activate
 from sardonyx.serving.encoder import PARAM, EncoderModel, EncoderVersion, item
 from sardonyx.serving.item_calls import Item, ItemCalls
@@ -32,7 +32,7 @@ class TextClassifier(EncoderModel):
         calls: ItemCalls,
         pool: WorkerPool,
         *,
-        labels: manifest.Labels,
+        labels: families.Labels,
         moderation: Mapping[str, Sequence[CategoryRule]],
     ) -> None:
         super().__init__(version, calls, pool)

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 
 from sardonyx.errors import InvalidRequest
-from sardonyx.repository import manifest
+from sardonyx.repository import families
 from sardonyx.serving.encoder import PARAM, EncoderModel, EncoderVersion, item
 from sardonyx.serving.item_calls import Item, ItemCalls
 from sardonyx.serving.pool import WorkerPool
@@ -30,7 +30,7 @@ class EmbeddingModel(EncoderModel):
         calls: ItemCalls,
         pool: WorkerPool,
         *,
-        embeddings: manifest.Embeddings,
+        embeddings: families.Embeddings,
         size: int,
         allows_any_dimensions: bool = False,
     ) -> None:

@@ -15,8 +15,9 @@ from sardonyx.metrics import Metrics
 from sardonyx.processing.encoder_tokenizer import EncoderTokenizer
 from sardonyx.processing.tokenizer import TOKENIZER_FILE
 from sardonyx.repository.encoder_config import EncoderOptions, encoder_options
+from sardonyx.repository.families import Encoder
 from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
-from sardonyx.repository.manifest import Encoder, Manifest, all_files
+from sardonyx.repository.manifest import Manifest, all_files
 from sardonyx.runners.encoder import EncoderGraphs, EncoderRunner
 from sardonyx.runtime.priority import in_modest_thread
 from sardonyx.runtime.session import SessionConfig, open_session

@@ -18,7 +18,8 @@ ENCODER_FAMILIES = frozenset({"embeddings", "reranker", "classifier"})
 """Families of models that read a text once."""
 IMAGE_CLASSIFIER = "image_classifier"
 SPEECH_FAMILY = "whisper"
-OPENAI_FAMILIES = TEXT_FAMILIES | ENCODER_FAMILIES | {IMAGE_CLASSIFIER, SPEECH_FAMILY}
+DIFFUSION_FAMILY = "diffusion"
+OPENAI_FAMILIES = TEXT_FAMILIES | ENCODER_FAMILIES | {IMAGE_CLASSIFIER, SPEECH_FAMILY, DIFFUSION_FAMILY}
 """What the OpenAI endpoints can use."""
 FAMILIES = OPENAI_FAMILIES | {"tensors"}
 """What can be loaded."""

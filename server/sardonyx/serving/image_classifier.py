@@ -7,7 +7,7 @@ import numpy as np
 
 from sardonyx.errors import InvalidRequest
 from sardonyx.processing.image import preprocess
-from sardonyx.repository import manifest
+from sardonyx.repository import families
 from sardonyx.runners.images import INPUT, image_shape
 from sardonyx.serving.activation import activate
 from sardonyx.serving.item_calls import Item, ItemCalls
@@ -35,8 +35,8 @@ class ImageClassifier:
         calls: ItemCalls,
         pool: WorkerPool,
         *,
-        image: manifest.ImageInput,
-        labels: manifest.Labels,
+        image: families.ImageInput,
+        labels: families.Labels,
         moderation: Mapping[str, Sequence[CategoryRule]],
     ) -> None:
         self.name = name

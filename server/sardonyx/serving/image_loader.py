@@ -16,8 +16,9 @@ from sardonyx.engine.instances import InstanceLoop
 from sardonyx.errors import ConfigError
 from sardonyx.metrics import Metrics
 from sardonyx.repository.encoder_config import EncoderOptions, encoder_options
+from sardonyx.repository.families import ImageInput, Labels
 from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
-from sardonyx.repository.manifest import ImageInput, Labels, Manifest, all_files
+from sardonyx.repository.manifest import Manifest, all_files
 from sardonyx.runners.images import ImageClassifierRunner
 from sardonyx.runtime.session import SessionConfig, open_session
 from sardonyx.serving.admission import Admission

@@ -12,17 +12,20 @@ from sardonyx.repository.ensemble import part_names
 from sardonyx.repository.index import DUPLICATE, IndexEntry, index, merge
 from sardonyx.repository.layout import ModelEntry, Repository, read_manifest
 from sardonyx.runtime.session import configure_threads
+from sardonyx.serving.diffusion_loader import DiffusionLoader
 from sardonyx.serving.encoder_loader import EncoderLoader
 from sardonyx.serving.encoder_tensors import EncoderTensorModel
 from sardonyx.serving.ensemble import EnsembleModel
-from sardonyx.serving.entry import ENCODER_FAMILIES, IMAGE_CLASSIFIER, SPEECH_FAMILY, TEXT_FAMILY
+from sardonyx.serving.entry import DIFFUSION_FAMILY, ENCODER_FAMILIES, IMAGE_CLASSIFIER, SPEECH_FAMILY, TEXT_FAMILY
 from sardonyx.serving.image_loader import ImageClassifierLoader
+from sardonyx.serving.image_tensors import ImageTensorModel
 from sardonyx.serving.memory import KvBudget, free_memory_bytes
 from sardonyx.serving.override import override_config, override_folder
 from sardonyx.serving.registry import Registry
 from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
 from sardonyx.serving.speech_loader import SpeechLoader
 from sardonyx.serving.speech_tensors import SpeechTensorModel
+from sardonyx.serving.task_finder import Judge, TaskFinder
 from sardonyx.serving.tensor_loader import TensorLoader
 from sardonyx.serving.tensors import TensorModel
 from sardonyx.serving.text_loader import TextLoader
@@ -69,10 +72,11 @@ class ModelLoader:
         self._encoders = EncoderLoader(settings, metrics)
         self._images = ImageClassifierLoader(settings, metrics)
         self._speech = SpeechLoader(settings, metrics, budget)
+        self._diffusion = DiffusionLoader(settings, metrics, self._judge)
         self._tensors = TensorLoader(settings, metrics, self._part)
 
     def connect(self, registry: Registry) -> None:
-        """Where ensembles find their parts. Once, before the first load."""
+        """Where ensembles find their parts, and image models their moderators. Once, before the first load."""
         self._registry = registry
 
     def index(self) -> list[IndexEntry]:
@@ -85,6 +89,7 @@ class ModelLoader:
         self._encoders.close()
         self._images.close()
         self._speech.close()
+        self._diffusion.close()
 
     def load(self, name: str, override: ModelOverride | None = None) -> LoadedModel:
         """Every version that the model's policy chooses, or none; of a language model the newest one.
@@ -109,6 +114,8 @@ class ModelLoader:
                 return LoadedModel(versions=_load_versions(entry, self._images.load))
             if manifest.family == SPEECH_FAMILY:
                 return LoadedModel(versions=_load_versions(entry, self._speech.load))
+            if manifest.family == DIFFUSION_FAMILY:
+                return LoadedModel(versions=_load_versions(entry, self._diffusion.load))
             raise ConfigError(f"models of the family {manifest.family} are not served", file=str(entry.path))
 
     def _entry(self, name: str, override: ModelOverride | None) -> AbstractContextManager[ModelEntry]:
@@ -127,12 +134,16 @@ class ModelLoader:
             raise ConfigError(DUPLICATE)
         return having[0]
 
+    def _judge(self, name: str) -> Judge:
+        assert self._registry is not None
+        return TaskFinder(self._registry).judge(name)
+
     def _part(self, name: str, version: int | None) -> ServedModel:
         assert self._registry is not None
         return self._registry.part(name, version)
 
 
-_Discardable = TensorModel | EnsembleModel | EncoderTensorModel | SpeechTensorModel
+_Discardable = TensorModel | EnsembleModel | EncoderTensorModel | SpeechTensorModel | ImageTensorModel
 
 
 def _load_versions(entry: ModelEntry, load: Callable[[ModelEntry, int], _Discardable]) -> dict[int, ServedModel]:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 
-from sardonyx.repository import manifest
+from sardonyx.repository import families
 from sardonyx.serving.activation import activate
 from sardonyx.serving.encoder import EncoderModel, EncoderVersion, item
 from sardonyx.serving.item_calls import Item, ItemCalls
@@ -19,7 +19,7 @@ class RerankerModel(EncoderModel):
         labels: the manifest's.
     """
 
-    def __init__(self, version: EncoderVersion, calls: ItemCalls, pool: WorkerPool, *, labels: manifest.Labels) -> None:
+    def __init__(self, version: EncoderVersion, calls: ItemCalls, pool: WorkerPool, *, labels: families.Labels) -> None:
         super().__init__(version, calls, pool)
         self._activation = labels.activation
 

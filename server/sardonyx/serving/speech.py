@@ -14,7 +14,7 @@ from sardonyx.processing.audio import AudioLimits, decode_audio
 from sardonyx.processing.log_mel import FRAMES_PER_S, SAMPLE_RATE, log_mel
 from sardonyx.processing.voice_activity import cut_windows
 from sardonyx.processing.whisper_tokens import WhisperTokens
-from sardonyx.repository.manifest import Whisper
+from sardonyx.repository.families import Whisper
 from sardonyx.serving.admission import Admission, Reservation
 from sardonyx.serving.open_calls import OpenCalls
 from sardonyx.serving.tasks import TranscriptionOptions

@@ -15,8 +15,9 @@ from sardonyx.metrics import Metrics
 from sardonyx.processing.log_mel import WINDOW_FRAMES
 from sardonyx.processing.tokenizer import Tokenizer
 from sardonyx.processing.whisper_tokens import WhisperTokens
+from sardonyx.repository.families import Whisper
 from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
-from sardonyx.repository.manifest import Manifest, Whisper, all_files
+from sardonyx.repository.manifest import Manifest, all_files
 from sardonyx.repository.speech_config import SpeechModelOptions, speech_model_options
 from sardonyx.runners.whisper import WhisperRunner, WhisperSessions, slot_bytes
 from sardonyx.runtime.session import open_session

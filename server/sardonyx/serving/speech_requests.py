@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from sardonyx.core import FinishReason, SamplingParams, SequenceEvent
 from sardonyx.errors import EngineError
-from sardonyx.repository.manifest import Whisper
+from sardonyx.repository.families import Whisper
 from sardonyx.serving.dispatch import EventDispatch
 from sardonyx.serving.engine_errors import error_of
 from sardonyx.speech import Alignment, SpeechEvent, SpeechRequest, SpeechTask, Window

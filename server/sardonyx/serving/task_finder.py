@@ -3,16 +3,28 @@
 Floor 4. The registry knows names and families; this knows what each family's models can be asked for.
 """
 
+import re
+
 from sardonyx.errors import InvalidRequest, ModelNotFound, ModelNotReady
-from sardonyx.serving.entry import IMAGE_CLASSIFIER, SPEECH_FAMILY
+from sardonyx.serving.entry import DIFFUSION_FAMILY, IMAGE_CLASSIFIER, SPEECH_FAMILY
 from sardonyx.serving.registry import ModelState, Registry
-from sardonyx.serving.tasks import ClassifyTask, EmbeddingTask, ImageClassifyTask, RerankTask, TranscriptionTask
+from sardonyx.serving.tasks import (
+    ClassifyTask,
+    EmbeddingTask,
+    ImageClassifyTask,
+    ImageTask,
+    RerankTask,
+    TranscriptionTask,
+)
 
 _EMBEDDINGS = frozenset({"embeddings"})
 _SCORING = frozenset({"embeddings", "reranker"})
+_IMAGES = frozenset({DIFFUSION_FAMILY})
 _SPEECH = frozenset({SPEECH_FAMILY})
 _JUDGING = frozenset({"classifier", IMAGE_CLASSIFIER})
 
+ANY_PAINTER = re.compile(r"dall-e-[23]|gpt-image-[\w.-]+|chatgpt-image-latest")
+"""Operators' aliases of these names go first."""
 ANY_TRANSCRIBER = "whisper-1"
 """An operator's alias of this name goes first."""
 
@@ -52,6 +64,17 @@ class TaskFinder:
                 raise
             task = self._registry.newest(None, _SPEECH, "speech model").task
         assert isinstance(task, TranscriptionTask)
+        return task
+
+    def painter(self, name: str | None) -> ImageTask:
+        """For ``/v1/images/``. OpenAI's names, `ANY_PAINTER`, mean any."""
+        try:
+            task = self._registry.newest(name, _IMAGES, "image model").task
+        except ModelNotFound:
+            if name is None or not ANY_PAINTER.fullmatch(name):
+                raise
+            task = self._registry.newest(None, _IMAGES, "image model").task
+        assert isinstance(task, ImageTask)
         return task
 
     def judge(self, name: str) -> Judge:

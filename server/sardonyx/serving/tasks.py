@@ -229,3 +229,114 @@ class Transcript(Protocol):
     def abort(self, error: ServeError | None = None) -> None:
         """End it. Synchronous, idempotent."""
         ...
+
+
+class ImageOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a caller may say about pictures."""
+
+    prompt: str
+    negative_prompt: str = ""
+    """What the picture should not be like, where the model is guided."""
+    n: int = 1
+    size: tuple[int, int] | None = None
+    """Height and width; ``None``: the model's own, or with `source` about as many pixels in that picture's shape."""
+    steps: int | None = None
+    """Rounds; ``None``: the model's own."""
+    guidance: float | None = None
+    """How strictly the prompt is followed; ``None``: the model's own."""
+    sampler: str | None = None
+    """A name of `repository.scheduler_config.SAMPLER_NAMES`; ``None``: the model's own."""
+    seed: int | None = None
+    """Of the first picture; the others have those that follow. Same seed, same wishes: same picture."""
+    num_previews: int = 0
+    """Of each picture, on its way."""
+    source: bytes | None = None
+    """An encoded picture to begin with."""
+    mask: bytes | None = None
+    """Where it is to change: see `processing.picture.read_mask`."""
+    strength: float = 0.8
+    """How much of the source is given up, above 0 and up to 1."""
+    timeout_s: float | None = None
+    """Most time for the whole call; ``None``: the server's."""
+
+
+class ImageUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a picture costs, in tokens: of pictures, one for each place of their latents."""
+
+    num_text_tokens: int
+    """Of the prompt."""
+    num_source_tokens: int
+    """Of the picture to begin with."""
+    num_picture_tokens: int
+
+
+class PictureUpdate(msgspec.Struct, frozen=True):
+    """News of one picture of a call."""
+
+    index: int
+    pixels: npt.NDArray[np.uint8]
+    """(Y, X, 3); of a preview one for each of the latents."""
+    is_final: bool
+
+
+@runtime_checkable
+class ImageTask(Protocol):
+    """A prompt becomes pictures."""
+
+    name: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of pictures for which nobody asks for another."""
+        ...
+
+    @property
+    def default_steps(self) -> int:
+        """Of a picture."""
+        ...
+
+    @property
+    def max_steps(self) -> int:
+        """Of a picture."""
+        ...
+
+    async def start(self, options: ImageOptions, *, request_id: str) -> "Pictures":
+        """Begin to make pictures. Whoever gets them must end them: read them to the end, or `abort`.
+
+        Raises:
+            InvalidRequest: a size, number of steps or sampler that the model does not have, or a picture that cannot be
+                read.
+            ContextLengthExceeded: a prompt is too long.
+            UnsupportedFeature: the model begins with no picture, or has no previews.
+            Overloaded: the queue is full.
+            ModelNotReady: the model is being unloaded.
+            DeadlineExceeded: the time was over.
+        """
+        ...
+
+
+class Pictures(Protocol):
+    """Pictures under way."""
+
+    id: str
+    size: tuple[int, int]
+    """Height and width."""
+    usage: ImageUsage
+    """Of each of them."""
+
+    def __aiter__(self) -> AsyncIterator[PictureUpdate]:
+        """Previews and finished pictures as they come.
+
+        Raises:
+            InvalidRequest: the model's moderator flagged one of them; code ``moderation_blocked``.
+            EngineError, EngineDead, DeadlineExceeded, Overloaded, ModelNotReady: before the end.
+        """
+        ...
+
+    async def collect(self) -> list[PictureUpdate]:
+        """The finished pictures, by index. Raises what the iterator raises."""
+        ...
+
+    def abort(self, error: ServeError | None = None) -> None:
+        """End them. Synchronous, idempotent."""
+        ...

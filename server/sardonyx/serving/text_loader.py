@@ -17,8 +17,9 @@ from sardonyx.processing.chat_messages import ChatLimits
 from sardonyx.processing.chat_template import ChatTemplate
 from sardonyx.processing.tokenizer import Tokenizer
 from sardonyx.repository.config import language_model_options
+from sardonyx.repository.families import LanguageModel
 from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
-from sardonyx.repository.manifest import LanguageModel, Manifest, all_files
+from sardonyx.repository.manifest import Manifest, all_files
 from sardonyx.runners.decoder import DecoderRunner
 from sardonyx.runtime.kv_cache import bytes_per_slot
 from sardonyx.runtime.session import open_session

@@ -1,4 +1,4 @@
-"""Rows as the packed layout of `manifest.Encoder` takes them."""
+"""Rows as the packed layout of `families.Encoder` takes them."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -11,7 +11,7 @@ import pytest
 from tests.export.builders.arrays import ArrayCheckpoint, Stored
 
 from sardonyx.core import RunnerLimits
-from sardonyx.repository.manifest import KvLayout, LanguageModel
+from sardonyx.repository.families import KvLayout, LanguageModel
 from sardonyx.runners.decoder import DecoderRunner, ForwardRow
 from sardonyx.runtime.session import open_session
 from sardonyx_export.builders.decoder import BuildOptions, BuildReport, build_decoder

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.export.encoder_checkpoints import HIDDEN_SIZE, make_encoder
 
-from sardonyx.repository.manifest import Labels
+from sardonyx.repository.families import Labels
 from sardonyx_export.encoder_spec import Dense, Head
 from sardonyx_export.errors import ExportError
 from sardonyx_export.families.encoder import read_encoder_spec

@@ -14,7 +14,7 @@ from PIL import Image
 
 from sardonyx.errors import ConfigError
 from sardonyx.processing.image import preprocess
-from sardonyx.repository.manifest import ImageInput
+from sardonyx.repository.families import ImageInput
 from sardonyx_export.errors import ExportError
 from sardonyx_export.families.image_classifier import import_image_classifier
 from sardonyx_export.families.image_processor import read_image_input

@@ -16,7 +16,7 @@ import pytest
 from tests.export.families.parity_cases import CASES, Case
 
 from sardonyx.core import RunnerLimits
-from sardonyx.repository.manifest import LanguageModel
+from sardonyx.repository.families import LanguageModel
 from sardonyx.runners.decoder import DecoderRunner, ForwardRow
 from sardonyx.runtime.session import open_session
 from sardonyx_export.builders.decoder import BuildOptions, build_decoder

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from tests.export.whisper_tokenizers import END_ID, write_tokenizer
 
-from sardonyx.repository.manifest import Whisper
+from sardonyx.repository.families import Whisper
 from sardonyx_export.errors import ExportError
 from sardonyx_export.families.whisper_tokens import read_whisper_facts
 from sardonyx_export.whisper_spec import WhisperSpec

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sardonyx.repository.manifest import Labels
+from sardonyx.repository.families import Labels
 from sardonyx_export.errors import ExportError
 from sardonyx_export.stages.encoder_verify import compare_embeddings, compare_scores
 

@@ -10,7 +10,7 @@ import torch
 from tests.export.whisper_checkpoints import make_whisper
 from tests.export.whisper_tokenizers import write_tokenizer
 
-from sardonyx.repository.manifest import Whisper
+from sardonyx.repository.families import Whisper
 from sardonyx_export.errors import ExportError
 from sardonyx_export.families.whisper import read_whisper_spec
 from sardonyx_export.families.whisper_tokens import read_whisper_facts

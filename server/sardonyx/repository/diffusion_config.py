@@ -1,0 +1,43 @@
+"""What an operator decides about a diffusion model: its config.pbtxt.
+
+Floor 1.
+"""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from sardonyx.errors import ConfigError
+from sardonyx.repository.config import FILE_NAME, read_parameters
+
+_FIELDS = frozenset({"name", "platform", "backend", "version_policy", "parameters"})
+
+
+class DiffusionModelOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """``parameters`` of such a model."""
+
+    max_num_seqs: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    """Pictures under way at once."""
+    max_batch_rows: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    """Rows of a unet call at most; a picture with guidance takes two."""
+    max_pixels: Annotated[int, Meta(ge=64, le=1 << 26)] | None = None
+    """Of a picture at most; by default four times those of the size that the model was trained for."""
+    max_steps: Annotated[int, Meta(ge=1, le=1000)] | None = None
+    """Of a picture at most; by default 100."""
+    moderator: str | None = None
+    """An image classifier: pictures that it flags are not given out."""
+
+
+def diffusion_model_options(config: ModelConfig, *, file: str = FILE_NAME) -> DiffusionModelOptions:
+    """Read the parameters of a diffusion model.
+
+    Raises:
+        ConfigError: an unknown parameter, a value of the wrong type or out of range, or a field of ModelConfig that a
+            diffusion model does not honour.
+    """
+    for field, _ in config.ListFields():
+        if field.name not in _FIELDS:
+            raise ConfigError("has no meaning for a diffusion model", file=file, field=field.name)
+    return read_parameters(config, DiffusionModelOptions, owner="a diffusion model", file=file)

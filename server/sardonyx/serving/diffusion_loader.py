@@ -1,0 +1,169 @@
+"""From a version's folder to an image model that serves: tokenizers, sessions, step loop.
+
+Floor 4. Everything here blocks; the registry runs it in worker threads.
+"""
+
+import logging
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from sardonyx.engine.denoise import DenoiseOptions, DenoisePolicy
+from sardonyx.engine.loop import StepLoop
+from sardonyx.errors import ConfigError
+from sardonyx.metrics import Metrics
+from sardonyx.processing.prompt_tokens import PromptTokenizer
+from sardonyx.repository.diffusion_config import DiffusionModelOptions, diffusion_model_options
+from sardonyx.repository.families import Diffusion
+from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
+from sardonyx.repository.manifest import Manifest, all_files
+from sardonyx.repository.scheduler_config import FILE_NAME, SchedulerConfig, read_scheduler_config
+from sardonyx.runners.diffusion import DiffusionRunner, DiffusionSessions
+from sardonyx.runtime.session import open_session
+from sardonyx.serving.admission import Admission
+from sardonyx.serving.dispatch import EventDispatch
+from sardonyx.serving.entry import DIFFUSION_FAMILY
+from sardonyx.serving.image_tensors import ImageTensorModel
+from sardonyx.serving.images import ImageLimits, ImageModel, ImageVersion
+from sardonyx.serving.picture_moderation import FindJudge, PictureModerator
+from sardonyx.serving.pool import WorkerPool
+from sardonyx.serving.status import unix_time
+from sardonyx.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+MAX_NUM_SEQS = 32
+"""Pictures under way at once, where the operator's config does not say."""
+MAX_BATCH_ROWS = 2
+"""Rows of a unet call, where the operator's config does not say."""
+MAX_STEPS = 100
+"""Of a picture, where the operator's config does not say."""
+_SIZES = 4
+"""Times the pixels that the model was trained for."""
+
+
+class DiffusionLoader:
+    """Loads image models. What they share is made here.
+
+    Args:
+        find_judge: where the moderators are that models' configs name.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, find_judge: FindJudge) -> None:
+        self._find_judge = find_judge
+        self._settings = settings
+        self._metrics = metrics
+        self._pool = WorkerPool()
+        self._admission = Admission(
+            settings.max_queued_requests,
+            settings.max_queued_image_steps,
+            unit="queued steps of pictures",
+            on_reject=metrics.reject,
+        )
+
+    def close(self) -> None:
+        """When the last model is closed."""
+        self._pool.close()
+
+    def load(self, entry: ModelEntry, version: int) -> ImageTensorModel:
+        """One version, its engine running.
+
+        Raises:
+            ConfigError: a file is missing or wrong.
+        """
+        started_s = time.monotonic()
+        name = entry.name
+        folder = entry.version_path(version)
+        manifest, diffusion = _read_manifest(folder)
+        check_files(folder, manifest, hashes=False)
+        options = diffusion_model_options(entry.config, file=str(entry.config_path))
+        scheduler = _read_scheduler(folder)
+        tokenizers = [
+            PromptTokenizer(folder / encoder.tokenizer, encoder.max_tokens, encoder.pad_token_id)
+            for encoder in diffusion.encoders
+        ]
+        with ExitStack() as undo:
+            runner = _open_runner(name, folder, manifest, diffusion)
+            undo.callback(runner.close)
+            runner.warm_up()
+            policy = DenoisePolicy(
+                DenoiseOptions(
+                    max_num_seqs=options.max_num_seqs or MAX_NUM_SEQS,
+                    max_batch_rows=options.max_batch_rows or MAX_BATCH_ROWS,
+                )
+            )
+            dispatch = EventDispatch()
+            engine = StepLoop(name, policy, runner, dispatch.deliver)
+            dispatch.connect(engine)
+            engine.start()
+            undo.pop_all()
+        statistics = self._metrics.inference(name, version)
+        statistics.load_s = time.monotonic() - started_s
+        logger.info("%s: version %d loaded in %.2f s", name, version, statistics.load_s)
+        task = ImageModel(
+            ImageVersion(name, diffusion, scheduler, tokenizers, "vae_encoder" in manifest.graphs),
+            engine,
+            dispatch,
+            pool=self._pool,
+            admission=self._admission,
+            limits=self._limits(options, diffusion),
+            metrics=self._metrics.model(name),
+            statistics=statistics,
+            moderator=self._moderator(name, options),
+        )
+        return ImageTensorModel(
+            task,
+            entry.config,
+            version=version,
+            created=unix_time(manifest.created) or int(folder.stat().st_mtime),
+            size_bytes=sum(each.size_bytes for each in all_files(manifest)),
+        )
+
+    def _moderator(self, name: str, options: DiffusionModelOptions) -> PictureModerator | None:
+        if options.moderator is None:
+            return None
+        return PictureModerator(name, options.moderator, self._find_judge, self._pool)
+
+    def _limits(self, options: DiffusionModelOptions, diffusion: Diffusion) -> ImageLimits:
+        height, width = diffusion.size
+        return ImageLimits(
+            max_pixels=options.max_pixels or _SIZES * height * width,
+            max_steps=options.max_steps or MAX_STEPS,
+            timeout_s=self._settings.request_timeout_s,
+            queue_timeout_s=self._settings.queue_timeout_s,
+        )
+
+
+def _open_runner(name: str, folder: Path, manifest: Manifest, diffusion: Diffusion) -> DiffusionRunner:
+    with ExitStack() as undo:
+        sessions = {}
+        for role, graph in manifest.graphs.items():
+            sessions[role] = open_session(folder / graph.model.path, model_name=name)
+            undo.callback(sessions[role].close)
+        parts = DiffusionSessions(
+            encoders=[sessions[encoder.graph] for encoder in diffusion.encoders],
+            unet=sessions["unet"],
+            vae_decoder=sessions["vae_decoder"],
+            vae_encoder=sessions.get("vae_encoder"),
+        )
+        runner = DiffusionRunner(parts, diffusion)
+        undo.pop_all()
+    return runner
+
+
+def _read_scheduler(folder: Path) -> SchedulerConfig:
+    path = folder / FILE_NAME
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from error
+    return read_scheduler_config(data, file=str(path))
+
+
+def _read_manifest(folder: Path) -> tuple[Manifest, Diffusion]:
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.family != DIFFUSION_FAMILY or manifest.diffusion is None:
+        raise ConfigError("is no image model: its manifest does not say so", file=str(folder))
+    if manifest.target != "cpu":
+        raise ConfigError(f"was exported for {manifest.target}; this server runs on the CPU", file=str(folder))
+    return manifest, manifest.diffusion

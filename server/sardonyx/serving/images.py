@@ -1,0 +1,388 @@
+"""Image models: a prompt becomes pictures. Floor 4. An `tasks.ImageTask`."""
+
+import asyncio
+import math
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from sardonyx.diffusion import Picture, Pixels, Prompt, SourceImage
+from sardonyx.engine.stats import LoopStats
+from sardonyx.errors import DeadlineExceeded, InvalidRequest, ModelNotReady, ServeError, UnsupportedFeature
+from sardonyx.metrics import ModelMetrics
+from sardonyx.processing.picture import read_mask, read_source, size_of
+from sardonyx.processing.prompt_tokens import PromptTokenizer
+from sardonyx.processing.samplers import make_sampler, noise_generator
+from sardonyx.repository.families import Diffusion
+from sardonyx.repository.scheduler_config import SchedulerConfig
+from sardonyx.serving.admission import Admission
+from sardonyx.serving.dispatch import EventDispatch
+from sardonyx.serving.image_generation import ImageCall, ImageGeneration
+from sardonyx.serving.open_calls import OpenCalls
+from sardonyx.serving.picture_moderation import PictureModerator
+from sardonyx.serving.pool import WorkerPool
+from sardonyx.serving.tasks import ImageOptions, ImageUsage
+from sardonyx.statistics import InferenceStatistics, failure_reason
+from sardonyx.tensors import InferenceTimes
+
+_MAX_PROMPTS = 64
+"""Encodings that are kept for prompts to come: 0.2 MB each of Stable Diffusion's, 0.6 MB of SDXL's."""
+_MOST_RATIO = 3.0
+"""Of the sides of a picture whose size nobody asked for."""
+
+Ids = tuple[tuple[int, ...], ...]
+"""Of a prompt, by encoder."""
+
+
+class ImageLoop(Protocol):
+    """What is asked of a step loop here; `engine.loop.StepLoop` is one."""
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    def stats(self) -> LoopStats: ...
+
+    def close(self) -> None:
+        """Blocks until the loop's thread has ended."""
+        ...
+
+
+@dataclass(slots=True, frozen=True)
+class ImageLimits:
+    """Of every call."""
+
+    max_pixels: int
+    max_steps: int
+    timeout_s: float
+    queue_timeout_s: float
+
+
+@dataclass(slots=True, frozen=True)
+class ImageVersion:
+    """What a version's folder holds, read."""
+
+    name: str
+    model: Diffusion
+    scheduler: SchedulerConfig
+    tokenizers: list[PromptTokenizer]
+    has_vae_encoder: bool
+
+
+class ImageModel:
+    """See `tasks.ImageTask`.
+
+    Args:
+        version: what it serves.
+        loop: started; closed with the model.
+        dispatch: connected to it.
+        pool: where pictures are decoded and prompts tokenised; shared.
+        admission: counts pictures and their steps; shared by models.
+        limits: of a call.
+        metrics: of the model.
+        statistics: of this version; they outlive it.
+        moderator: looks at every picture before it is given out.
+    """
+
+    def __init__(
+        self,
+        version: ImageVersion,
+        loop: ImageLoop,
+        dispatch: EventDispatch,
+        *,
+        pool: WorkerPool,
+        admission: Admission,
+        limits: ImageLimits,
+        metrics: ModelMetrics,
+        statistics: InferenceStatistics,
+        moderator: PictureModerator | None = None,
+    ) -> None:
+        self.name = version.name
+        self.statistics = statistics
+        self._version = version
+        self._model = version.model
+        self._loop = loop
+        self._dispatch = dispatch
+        self._pool = pool
+        self._admission = admission
+        self._limits = limits
+        self._metrics = metrics
+        self._moderator = moderator
+        self._prompts: OrderedDict[Ids, Prompt] = OrderedDict()
+        self._open = OpenCalls()
+        self._calls: set[ImageGeneration] = set()
+        self._is_closed = False
+        self._stats = loop.stats
+        metrics.attach(self._stats)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of pictures for which nobody asks for another."""
+        return self._model.size[0], self._model.size[1]
+
+    @property
+    def default_steps(self) -> int:
+        """Of a picture."""
+        return self._model.default_steps
+
+    @property
+    def max_steps(self) -> int:
+        """Of a picture."""
+        return self._limits.max_steps
+
+    @property
+    def has_previews(self) -> bool:
+        """Partial pictures can be given."""
+        return bool(self._model.preview)
+
+    @property
+    def is_alive(self) -> bool:
+        """The loop takes requests."""
+        return self._loop.is_alive
+
+    @property
+    def num_active(self) -> int:
+        """Calls that were accepted and have not ended."""
+        return self._open.num_calls
+
+    def stats(self) -> LoopStats:
+        """Of the loop."""
+        return self._loop.stats()
+
+    async def start(self, options: ImageOptions, *, request_id: str) -> ImageGeneration:
+        """See `tasks.ImageTask.start`."""
+        if self._open.is_draining:
+            raise self._unloaded()
+        started_ns, started_s = time.perf_counter_ns(), time.monotonic()
+        self._check(options)
+        if self._moderator is not None:
+            self._moderator.judge()
+        deadline_s = started_s + min(options.timeout_s or math.inf, self._limits.timeout_s)
+        steps = options.steps or self._model.default_steps
+        reservation = self._admission.reserve(options.n, options.n * steps)
+        self._open.begin()
+        self.statistics.num_pending += 1
+        try:
+            pictures, usage = await self._prepare(options, deadline_s)
+            if self._is_closed:
+                raise self._unloaded()
+        except BaseException as error:
+            reservation.release()
+            self._end(error, started_ns)
+            raise
+        _, height, width = pictures[0].size
+        scale = self._model.pixels_per_latent
+        call = ImageGeneration(
+            ImageCall(
+                id=request_id,
+                pictures=pictures,
+                size=(height * scale, width * scale),
+                usage=usage,
+                deadline_s=deadline_s,
+                start_by_s=started_s + self._limits.queue_timeout_s,
+                check=self._moderation(deadline_s),
+            ),
+            dispatch=self._dispatch,
+            reservation=reservation,
+            retry_after_s=self._admission.retry_after_s,
+            on_end=lambda call, error: self._forget(call, error, started_ns),
+        )
+        self._calls.add(call)
+        # A call that cannot be submitted ends itself, and the rest with it.
+        call.submit()
+        return call
+
+    def _moderation(self, deadline_s: float) -> Callable[[Pixels], Awaitable[None]] | None:
+        moderator = self._moderator
+        if moderator is None:
+            return None
+        return lambda pixels: moderator.check(pixels, timeout_s=max(0.001, deadline_s - time.monotonic()))
+
+    def stop(self, request_id: str | None = None) -> int:
+        """End one call, or all of them. How many were ended."""
+        chosen = [call for call in self._calls if request_id in {None, call.id}]
+        for call in chosen:
+            call.abort()
+        return len(chosen)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more calls, and wait until the accepted ones have ended, so long at most."""
+        await self._open.drain(timeout_s)
+
+    async def close(self) -> None:
+        """End what is left with ModelNotReady, and free the engine. Idempotent."""
+        self._open.is_draining = True
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for call in list(self._calls):
+            call.abort(self._unloaded())
+        try:
+            await asyncio.to_thread(self._loop.close)
+        finally:
+            self._metrics.detach(self._stats)
+
+    def discard(self) -> None:
+        """Free what was never put in place. Blocks."""
+        self._loop.close()
+        self._metrics.detach(self._stats)
+
+    def _check(self, options: ImageOptions) -> None:
+        """Refuse what this model cannot do."""
+        height, width = options.size or self.size
+        multiple = self._model.size_multiple
+        if height % multiple or width % multiple or height < multiple or width < multiple:
+            raise InvalidRequest(
+                f"size: is {width}x{height}; width and height of {self.name} are multiples of {multiple}", param="size"
+            )
+        if height * width > self._limits.max_pixels:
+            raise InvalidRequest(
+                f"size: {width}x{height} has {height * width:,} pixels; {self.name} makes at most "
+                f"{self._limits.max_pixels:,}",
+                param="size",
+            )
+        if (options.steps or 0) > self._limits.max_steps:
+            raise InvalidRequest(f"steps: is {options.steps}; at most {self._limits.max_steps}", param="steps")
+        if options.source is not None and not self._version.has_vae_encoder:
+            raise UnsupportedFeature(
+                f"model {self.name} was exported without what begins with a picture", param="image"
+            )
+        if options.num_previews and not self.has_previews:
+            raise UnsupportedFeature(f"model {self.name} has no previews", param="partial_images")
+        if options.negative_prompt and self._model.guidance_width is not None:
+            raise UnsupportedFeature(f"model {self.name} takes no negative prompt", param="negative_prompt")
+
+    async def _prepare(self, options: ImageOptions, deadline_s: float) -> tuple[list[Picture], ImageUsage]:
+        """Everything that takes a thread's time."""
+        try:
+            async with asyncio.timeout(deadline_s - time.monotonic()):
+                ids, num_text_tokens = await self._pool.run(self._tokens, options.prompt, "prompt")
+                negative_ids, _ = await self._pool.run(self._tokens, options.negative_prompt, "negative_prompt")
+                source = None
+                if options.source is not None:
+                    source = await self._pool.run(self._source, options)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time was over before its pictures were begun") from None
+        prompt = self._prompt(ids)
+        negative = self._negative(negative_ids, options, prompt)
+        pictures = [self._picture(options, prompt, negative, source, index) for index in range(options.n)]
+        _, height, width = pictures[0].size
+        return pictures, ImageUsage(
+            num_text_tokens=num_text_tokens,
+            num_source_tokens=0 if source is None else height * width,
+            num_picture_tokens=height * width,
+        )
+
+    def _tokens(self, text: str, param: str) -> tuple[Ids, int]:
+        """Of each encoder, and how many the first one has of the text."""
+        found = [tokenizer.encode(text, param=param) for tokenizer in self._version.tokenizers]
+        return tuple(tuple(ids) for ids, _ in found), found[0][1]
+
+    def _prompt(self, ids: Ids) -> Prompt:
+        """The prompt with these tokens, maybe encoded already."""
+        prompt = self._prompts.get(ids)
+        if prompt is None:
+            prompt = self._prompts[ids] = Prompt(ids)
+            if len(self._prompts) > _MAX_PROMPTS:
+                self._prompts.popitem(last=False)
+        self._prompts.move_to_end(ids)
+        return prompt
+
+    def _negative(self, ids: Ids, options: ImageOptions, prompt: Prompt) -> Prompt | None:
+        """``None``: guidance by it would change nothing, or there is none."""
+        if self._guidance(options) <= 1 or self._model.guidance_width is not None:
+            return None
+        if self._model.zeroes_empty_prompt and not options.negative_prompt:
+            return Prompt(ids, is_zeroed=True)
+        negative = self._prompt(ids)
+        return None if negative is prompt else negative
+
+    def _guidance(self, options: ImageOptions) -> float:
+        return self._model.default_guidance if options.guidance is None else options.guidance
+
+    def _source(self, options: ImageOptions) -> SourceImage:
+        assert options.source is not None
+        try:
+            height, width = options.size or self._size_like(options.source)
+            pixels = read_source(options.source, height, width)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"image: {error.message}", param="image") from None
+        mask = None
+        if options.mask is not None:
+            try:
+                mask = read_mask(options.mask, height, width, self._model.pixels_per_latent)
+            except InvalidRequest as error:
+                raise InvalidRequest(f"mask: {error.message}", param="mask") from None
+        return SourceImage(pixels, mask)
+
+    def _size_like(self, source: bytes) -> tuple[int, int]:
+        """About as many pixels as the model was trained for, in the picture's shape."""
+        height, width = size_of(source)
+        ratio = min(max(width / height, 1 / _MOST_RATIO), _MOST_RATIO)
+        side = math.sqrt(self.size[0] * self.size[1])
+        multiple = self._model.size_multiple
+        sides = (side / math.sqrt(ratio), side * math.sqrt(ratio))
+        height, width = (max(multiple, round(each / multiple) * multiple) for each in sides)
+        return (height, width) if height * width <= self._limits.max_pixels else self.size
+
+    def _picture(
+        self, options: ImageOptions, prompt: Prompt, negative: Prompt | None, source: SourceImage | None, index: int
+    ) -> Picture:
+        model = self._model
+        height, width = options.size or self.size
+        if source is not None:
+            height, width = source.pixels.shape[1:]
+        sampler = make_sampler(
+            options.sampler or self._version.scheduler.sampler,
+            self._version.scheduler,
+            options.steps or model.default_steps,
+            strength=1.0 if source is None else options.strength,
+        )
+        seed = random.getrandbits(63) if options.seed is None else options.seed + index
+        return Picture(
+            prompt=prompt,
+            negative=negative,
+            guidance=self._guidance(options),
+            sampler=sampler,
+            size=(model.latent_channels, height // model.pixels_per_latent, width // model.pixels_per_latent),
+            generator=noise_generator(seed),
+            source=source,
+            time_ids=None if model.pooled_width is None else (height, width, 0, 0, height, width),
+            preview_steps=_preview_steps(sampler.num_steps, options.num_previews),
+        )
+
+    def _forget(self, call: ImageGeneration, error: ServeError | None, started_ns: int) -> None:
+        self._calls.discard(call)
+        self._end(error, started_ns)
+        self._metrics.observe_request(
+            call.finish_reason,
+            e2e_s=(time.perf_counter_ns() - started_ns) / 1e9,
+            num_prompt_tokens=call.usage.num_text_tokens,
+            num_completion_tokens=0,
+        )
+
+    def _end(self, error: BaseException | None, started_ns: int) -> None:
+        """A call that was accepted is over."""
+        self.statistics.num_pending -= 1
+        self._open.end()
+        total_ns = time.perf_counter_ns() - started_ns
+        if error is None:
+            times = InferenceTimes(compute_infer_ns=total_ns)
+            self.statistics.observe_success(total_ns=total_ns, queue_ns=0, times=times, batch_size=1)
+            self.statistics.observe_execution(1, times)
+        elif isinstance(error, asyncio.CancelledError):
+            self.statistics.observe_failure("CANCELED", total_ns)
+        # Triton counts no request that it refused for what it says.
+        elif isinstance(error, ServeError) and not isinstance(error, InvalidRequest):
+            self.statistics.observe_failure(failure_reason(error), total_ns)
+
+    def _unloaded(self) -> ModelNotReady:
+        return ModelNotReady(f"model {self.name} is being unloaded")
+
+
+def _preview_steps(num_steps: int, num_previews: int) -> frozenset[int]:
+    """Rounds after which previews are given, evenly spread, the last round not among them."""
+    wanted = (math.ceil(num_steps * (index + 1) / (num_previews + 1)) for index in range(num_previews))
+    return frozenset(step for step in wanted if step < num_steps)
