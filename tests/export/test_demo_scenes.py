@@ -150,6 +150,7 @@ def test_stopped_training_goes_on_to_the_same_numbers(trained: Path, tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_folder_loads_in_diffusers_and_paints(trained: Path) -> None:
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(trained / "pipeline", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)

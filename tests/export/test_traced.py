@@ -17,6 +17,7 @@ from sardonyx_export.traced import Task, export_traced, torch_outputs
 torch = pytest.importorskip("torch", reason="the extra `export-torch` is not installed")
 pytest.importorskip("onnxscript", reason="the extra `export-torch` is not installed")
 onnx = pytest.importorskip("onnx")
+pytestmark = pytest.mark.slow  # tracing takes seconds a model
 
 ROWS = ([5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15])
 SIZES = {"embedding_size": 16}
