@@ -1,8 +1,6 @@
 """A training stage's state on disk: weights, their running average, the optimiser's moments and the step reached."""
 
 import math
-import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,7 +12,7 @@ class Trainee:
 
     Args:
         path: file of the checkpoint; read here when it exists, so a new object is where the last one was.
-        groups: modules and how fast each learns relative to ``rate``.
+        rate: the learning rate's height.
         num_steps: where the cosine of the learning rate ends, at 2 % of its height.
         average: decay of the running average of weights, or 0 for none.
     """
@@ -22,22 +20,16 @@ class Trainee:
     def __init__(
         self,
         path: Path,
-        groups: Iterable[tuple[torch.nn.Module, float]],
+        modules: list[torch.nn.Module],
         *,
         rate: float,
         num_steps: int,
         average: float = 0.0,
     ) -> None:
         self._path, self._rate, self._num_steps, self._average = path, rate, num_steps, average
-        self._modules = [module for module, _ in groups]
-        self._scales = [scale for _, scale in groups]
+        self._modules = modules
         self._parameters = [each for module in self._modules for each in module.parameters()]
-        self._optimiser = torch.optim.AdamW(
-            [{"params": list(module.parameters())} for module in self._modules],
-            rate,
-            betas=(0.9, 0.98),
-            weight_decay=0.01,
-        )
+        self._optimiser = torch.optim.AdamW(self._parameters, rate, betas=(0.9, 0.98), weight_decay=0.01)
         self.step = 0
         self._averages = [each.detach().clone() for each in self._parameters]
         if path.exists():
@@ -51,8 +43,8 @@ class Trainee:
         """One step down the loss's gradient, whose norm is cut to 1."""
         warmup = min(1.0, (self.step + 1) / 100)
         cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * min(1.0, self.step / self._num_steps))) / 2
-        for group, scale in zip(self._optimiser.param_groups, self._scales, strict=True):
-            group["lr"] = self._rate * scale * warmup * cosine
+        for group in self._optimiser.param_groups:
+            group["lr"] = self._rate * warmup * cosine
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
@@ -70,7 +62,6 @@ class Trainee:
             "modules": [module.state_dict() for module in self._modules],
             "averages": self._averages,
             "optimiser": self._optimiser.state_dict(),
-            "written_s": time.time(),
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
         part = self._path.with_suffix(".part")

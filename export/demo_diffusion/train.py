@@ -1,4 +1,4 @@
-"""Train the demo model from nothing: autoencoder, latents, text encoder, then text encoder and UNet together.
+"""Train the demo model from nothing: autoencoder, latents, text encoder, UNet.
 
     nice -n 19 python export/demo_diffusion/train.py .cache/demo-diffusion
     nice -n 19 python export/demo_diffusion/train.py .cache/demo-diffusion --only pipeline
@@ -44,8 +44,6 @@ _DROPPED = 0.1
 _MAX_GAIN = 5.0
 """An error of v counts 1 + SNR times that of the picture; beyond this the timestep is drawn that much less often, so no
 picture of a batch is spent on noise that hardly shows."""
-_TEXT_RATE = 0.3
-"""How fast the text encoder goes on learning beside the UNet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +54,7 @@ class Plan:
     seed: int = 0
     num_scenes: int = 60_000
     autoencoder_steps: int = 2_000
-    autoencoder_batch: int = 16
+    autoencoder_batch: int = 8
     text_steps: int = 1_500
     text_batch: int = 128
     denoiser_steps: int = 16_000
@@ -119,7 +117,7 @@ def autoencoder_of(plan: Plan) -> AutoencoderKL:
 
 def autoencoder_trainee(plan: Plan, autoencoder: AutoencoderKL) -> Trainee:
     path = plan.checkpoint("autoencoder")
-    return Trainee(path, [(autoencoder, 1.0)], rate=2e-3, num_steps=plan.autoencoder_steps, average=0.995)
+    return Trainee(path, [autoencoder], rate=2e-3, num_steps=plan.autoencoder_steps, average=0.995)
 
 
 def train_autoencoder(plan: Plan) -> None:
@@ -178,7 +176,7 @@ def captions_of(
 
 def text_trainee(plan: Plan, text_encoder: CLIPTextModel, questions: Questions) -> Trainee:
     path = plan.checkpoint("text")
-    return Trainee(path, [(text_encoder, 1.0), (questions, 1.0)], rate=1e-3, num_steps=plan.text_steps)
+    return Trainee(path, [text_encoder, questions], rate=1e-3, num_steps=plan.text_steps)
 
 
 def train_text(plan: Plan) -> None:
@@ -195,20 +193,22 @@ def train_text(plan: Plan) -> None:
     run_stage(plan, trainee, loss_of_step)
 
 
-def denoiser_trainee(plan: Plan, tokenizer: CLIPTokenizer) -> tuple[Trainee, CLIPTextModel, UNet2DConditionModel]:
-    """The UNet from its seed and the text encoder from its own stage, or both from this stage's checkpoint."""
-    torch.manual_seed(plan.seed)
-    text_encoder, unet = make_text_encoder(tokenizer), make_unet()
+def text_encoder_of(plan: Plan, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The trained text encoder, which stays as it is beside the UNet."""
+    text_encoder = make_text_encoder(tokenizer)
     text_trainee(plan, text_encoder, Questions())
-    groups = [(unet, 1.0), (text_encoder, _TEXT_RATE)]
+    return text_encoder.eval().requires_grad_(False)
+
+
+def denoiser_trainee(plan: Plan, unet: UNet2DConditionModel) -> Trainee:
     path = plan.checkpoint("denoiser")
-    trainee = Trainee(path, groups, rate=plan.denoiser_rate, num_steps=plan.denoiser_steps, average=0.999)
-    return trainee, text_encoder, unet
+    return Trainee(path, [unet], rate=plan.denoiser_rate, num_steps=plan.denoiser_steps, average=0.999)
 
 
 def train_denoiser(plan: Plan) -> None:
-    tokenizer = make_tokenizer()
-    trainee, text_encoder, unet = denoiser_trainee(plan, tokenizer)
+    torch.manual_seed(plan.seed)
+    tokenizer, unet = make_tokenizer(), make_unet()
+    text_encoder, trainee = text_encoder_of(plan, tokenizer), denoiser_trainee(plan, unet)
     latents = np.load(plan.cache / "latents.npy", mmap_mode="r")
     alphas = make_scheduler().alphas_cumprod
 
@@ -261,11 +261,11 @@ def draw_timesteps(count: int, alphas: torch.Tensor, generator: torch.Generator)
 
 
 def write_pipeline(plan: Plan) -> None:
-    tokenizer = make_tokenizer()
-    trainee, text_encoder, unet = denoiser_trainee(plan, tokenizer)
+    tokenizer, unet = make_tokenizer(), make_unet()
+    trainee = denoiser_trainee(plan, unet)
     trainee.use_average()
     folder = plan.cache / "pipeline"
-    save_pipeline(folder, autoencoder_of(plan), text_encoder, unet, tokenizer)
+    save_pipeline(folder, autoencoder_of(plan), text_encoder_of(plan, tokenizer), unet, tokenizer)
     say(f"the pipeline after {trainee.step} steps is in {folder}")
 
 
