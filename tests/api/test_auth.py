@@ -1,6 +1,8 @@
 import pytest
 from tests.api.live import application
 
+FILES = "/v1/images/files/"
+"""Under names that nobody can guess."""
 OPEN = ("/live", "/ready", "/health", "/v1/health", "/ping", "/version", "/metrics", "/v1/internal/health")
 ADMIN = (
     ("GET", "/v1/internal/model/list"),
@@ -50,6 +52,10 @@ def test_anything_else_is_unauthenticated(locked, headers):
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
+def test_files_of_pictures_need_no_key_but_their_name(locked):
+    assert locked.get(f"{FILES}0123456789abcdef.png").status_code == 404
+
+
 @pytest.mark.parametrize("path", OPEN)
 def test_probes_need_no_key(locked, path):
     assert locked.get(path).status_code == 200
@@ -57,7 +63,7 @@ def test_probes_need_no_key(locked, path):
 
 def test_every_other_route_needs_a_key(locked):
     for route in locked.client.app.routes:
-        if route.path in OPEN:
+        if route.path in OPEN or route.path.startswith(FILES):
             continue
         path = route.path.replace("{model_id:path}", "tiny").replace("{engine:str}", "tiny")
         for method in route.methods:
