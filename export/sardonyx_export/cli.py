@@ -102,7 +102,7 @@ def run(
         pooling=pooling,
         file=file,
         tokenizer=tokenizer,
-        loras=tuple(map(_parse_lora, lora or ())),
+        loras=tuple(map(parse_lora, lora or ())),
         target=target,
         sha256=sha256,
         adds_version=force,
@@ -118,7 +118,7 @@ def run(
     sys.stdout.write(f"{result.path}\n")
 
 
-def _parse_lora(text: str) -> Lora:
+def parse_lora(text: str) -> Lora:
     """``PATH`` or ``PATH:scale``."""
     path, colon, scale = text.rpartition(":")
     try:

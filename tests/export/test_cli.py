@@ -10,6 +10,8 @@ from tests.export.checkpoints import write_llama_folder
 
 from sardonyx.cli import main
 from sardonyx.repository.layout import Repository
+from sardonyx_export.cli import parse_lora
+from sardonyx_export.request import Lora
 
 
 def _run(*arguments: str | Path) -> int:
@@ -109,3 +111,30 @@ def test_a_folder_without_permission_is_told_in_one_line(
 def test_an_option_that_does_not_exist_is_refused(folder: Path) -> None:
     assert _run(folder, "--precision", "int3") != 0
     assert _run(folder, "--target", "cuda") != 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--precision", "fp16"), "fp16 is for diffusion models"),
+        (("--lora", "style.safetensors"), "--lora: is for diffusion models"),
+        (("--lora", "style.safetensors:nan"), "nan is no scale"),
+    ],
+)
+def test_options_of_diffusion_models_are_refused_for_others(
+    tmp_path: Path, folder: Path, arguments: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(folder, "--repository", tmp_path / "repository", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "scale"),
+    [
+        ("style.safetensors", "style.safetensors", 1.0),
+        ("a/style.safetensors:0.8", "a/style.safetensors", 0.8),
+        ("c:/style.safetensors", "c:/style.safetensors", 1.0),
+    ],
+)
+def test_a_style_may_have_a_scale_behind_it(text: str, path: str, scale: float) -> None:
+    assert parse_lora(text) == Lora(path=Path(path), scale=scale)

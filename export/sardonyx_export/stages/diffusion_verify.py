@@ -162,7 +162,8 @@ def compare_picture(
         ExportError: the pictures differ by more than the precision allows.
         EngineError: a graph failed.
     """
-    actual = _draw(paths, texts, spec)
+    with quiet():
+        actual = _draw(paths, texts, spec)
     differences = np.abs(expected - actual)
     mean, limit = float(differences.mean()), MAX_PICTURE_ERROR[precision]
     if not mean <= limit:

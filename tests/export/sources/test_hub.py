@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.export.checkpoints import write_llama_folder
 
-from sardonyx_export.sources.hub import ALLOW_PATTERNS, IGNORE_PATTERNS
+from sardonyx_export.sources.hub import ALLOW_PATTERNS, IGNORE_PATTERNS, PIPELINE_IGNORED, PIPELINE_PATTERNS
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _SCRIPT = """
@@ -84,4 +84,30 @@ def test_a_model_that_is_not_cached_is_refused_offline(tmp_path: Path) -> None:
 def test_only_weights_and_texts_are_asked_for(file: str, is_wanted: bool) -> None:
     allowed = any(fnmatch(file, pattern) for pattern in ALLOW_PATTERNS)
     ignored = any(fnmatch(file, pattern) for pattern in IGNORE_PATTERNS)
+    assert (allowed and not ignored) is is_wanted
+
+
+@pytest.mark.parametrize(
+    ("file", "is_wanted"),
+    [
+        ("model_index.json", True),
+        ("unet/config.json", True),
+        ("unet/diffusion_pytorch_model.safetensors", True),
+        ("unet/diffusion_pytorch_model-00001-of-00002.safetensors", True),
+        ("unet/diffusion_pytorch_model.safetensors.index.json", True),
+        ("text_encoder_2/model.safetensors", True),
+        ("tokenizer_2/merges.txt", True),
+        ("README.md", True),
+        ("v1-5-pruned-emaonly.safetensors", False),
+        ("unet/diffusion_pytorch_model.fp16.safetensors", False),
+        ("unet/diffusion_pytorch_model.non_ema.safetensors", False),
+        ("unet/diffusion_pytorch_model.bin", False),
+        ("safety_checker/model.safetensors", False),
+        ("text_encoder/pytorch_model.bin", False),
+        ("unet/onnx/config.json", False),
+    ],
+)
+def test_of_a_pipeline_only_its_parts_are_asked_for(file: str, is_wanted: bool) -> None:
+    allowed = any(fnmatch(file, pattern) for pattern in PIPELINE_PATTERNS)
+    ignored = any(fnmatch(file, pattern) for pattern in PIPELINE_IGNORED)
     assert (allowed and not ignored) is is_wanted
