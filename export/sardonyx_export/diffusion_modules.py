@@ -93,7 +93,7 @@ class PromptEncoderModule(nn.Module):
 def latent_scale(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """By what latents of a UNet are multiplied, and what is added then, to have the VAE's own. (1, C or 1, 1, 1)."""
     config = vae.config
-    scale, shift = torch.tensor([1 / config.scaling_factor]), torch.tensor([config.shift_factor or 0.0])
+    scale, shift = torch.tensor([1 / config.scaling_factor]), torch.zeros(1)
     if config.latents_mean is not None and config.latents_std is not None:
         scale, shift = torch.tensor(config.latents_std) * scale, torch.tensor(config.latents_mean)
     return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)

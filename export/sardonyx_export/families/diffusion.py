@@ -84,7 +84,7 @@ def read_diffusion_spec(folder: ModelFolder) -> DiffusionSpec:
     layout = _layout(index, pipeline)
     unet, vae = _config(folder, "unet"), _config(folder, "vae")
     scheduler, sampling = _read_scheduler(folder)
-    _check_unet(unet, vae, layout)
+    _check_networks(unet, vae, layout)
     names = ["text_encoder", "text_encoder_2"] if layout == "sdxl" else ["text_encoder"]
     texts = [_config(folder, name) for name in names]
     encoders = [_encoder(folder, name, config, layout) for name, config in zip(names, texts, strict=True)]
@@ -139,7 +139,7 @@ def _layout(index: Mapping[str, Any], pipeline: str) -> Literal["sd", "sdxl"]:
     return "sdxl" if layout == "sdxl" else "sd"
 
 
-def _check_unet(unet: Mapping[str, Any], vae: Mapping[str, Any], layout: str) -> None:
+def _check_networks(unet: Mapping[str, Any], vae: Mapping[str, Any], layout: str) -> None:
     channels, latents = _count(unet, "unet", "in_channels", 4), _count(vae, "vae", "latent_channels", 4)
     if channels != latents:
         what = _EXTRA_CHANNELS.get(channels, "a UNet that takes more than latents")
@@ -151,6 +151,11 @@ def _check_unet(unet: Mapping[str, Any], vae: Mapping[str, Any], layout: str) ->
         found = unet.get(field, value)
         if found != value:
             raise _refusal("unet/config.json", field, f"is {found!r}; {value!r} is built")
+    # Diffusers' pipelines of these layouts do not look at what is refused here.
+    unread = ("shift_factor",) if layout == "sdxl" else ("shift_factor", "latents_mean", "latents_std")
+    for field in unread:
+        if vae.get(field) is not None:
+            raise _refusal("vae/config.json", field, "is set, which no pipeline of this layout honours")
     width = unet.get("time_cond_proj_dim")
     if width is not None and (not isinstance(width, int) or width < 1):
         raise _refusal("unet/config.json", "time_cond_proj_dim", "is no positive number")

@@ -274,4 +274,5 @@ def _scheduler(spec: DiffusionSpec) -> Any:
     if not (inspect.isclass(found) and issubclass(found, diffusers.SchedulerMixin)):
         raise ExportError(f"is {name}, no scheduler of diffusers", file="scheduler_config.json", field="_class_name")
     make: Any = found.from_config  # has no types
-    return make(config)
+    with quiet():
+        return make(config)

@@ -139,6 +139,13 @@ def test_a_scheduler_with_an_infinite_number_is_kept_as_it_is(pipelines: Path, t
         ("sd", "unet/config.json", {"time_cond_proj_dim": "x"}, "time_cond_proj_dim: is no positive number"),
         ("sd", "unet/config.json", {"sample_size": [1, 2, 3]}, "sample_size"),
         ("sd", "vae/config.json", {"latent_channels": 0}, "latent_channels: is 0, no positive number"),
+        (
+            "sd",
+            "vae/config.json",
+            {"latents_mean": [0.0] * 4},
+            "latents_mean: is set, which no pipeline of this layout",
+        ),
+        ("sdxl", "vae/config.json", {"shift_factor": 0.1}, "shift_factor: is set"),
         ("sd", "vae/config.json", {"block_out_channels": []}, "block_out_channels"),
         ("sd", "text_encoder/config.json", {"use_attention_mask": True}, "use_attention_mask: is set"),
         ("sd", "scheduler/scheduler_config.json", {"_class_name": "HeunDiscreteScheduler"}, "HeunDiscreteScheduler"),
