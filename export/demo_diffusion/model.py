@@ -66,7 +66,8 @@ def make_autoencoder() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
-        norm_num_groups=8,
+        # Few groups: of a flat picture, a group of two channels would keep nothing but a sign.
+        norm_num_groups=2,
         mid_block_add_attention=False,
         # `whiten` makes latents of mean 0 and deviation 1, so nothing is left to scale.
         scaling_factor=1.0,
@@ -85,7 +86,7 @@ def make_unet() -> UNet2DConditionModel:
         layers_per_block=1,
         attention_head_dim=4,
         cross_attention_dim=TEXT_WIDTH,
-        norm_num_groups=8,
+        norm_num_groups=4,
     )
 
 

@@ -52,13 +52,13 @@ class Plan:
 
     cache: Path
     seed: int = 0
-    num_scenes: int = 60_000
+    num_scenes: int = 40_000
     autoencoder_steps: int = 2_000
     autoencoder_batch: int = 8
-    text_steps: int = 1_500
+    text_steps: int = 700
     text_batch: int = 128
     denoiser_steps: int = 16_000
-    denoiser_batch: int = 32
+    denoiser_batch: int = 16
     denoiser_rate: float = 1e-3
     save_every_s: float = 180.0
     stop_at: int | None = None
@@ -123,6 +123,8 @@ def autoencoder_trainee(plan: Plan, autoencoder: AutoencoderKL) -> Trainee:
 def train_autoencoder(plan: Plan) -> None:
     torch.manual_seed(plan.seed)
     autoencoder = make_autoencoder()
+    # Latents begin with little noise: at deviation 1 it drowns what a new encoder says, for hundreds of steps.
+    torch.nn.init.constant_(autoencoder.quant_conv.bias[LATENT_CHANNELS:], -5.0)
     trainee = autoencoder_trainee(plan, autoencoder)
 
     def loss_of_step(step: int) -> tuple[torch.Tensor, str]:

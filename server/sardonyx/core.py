@@ -134,7 +134,10 @@ class Sequence:
     num_cached_tokens: int = 0
     """Prompt tokens taken from the cache at first admission."""
     slot: int = -1
-    """The KV row it holds while RUNNING, else -1."""
+    """The KV row it holds while RUNNING, else -1. Where the cache has blocks: its place among those that run."""
+    blocks: list[int] = field(default_factory=list)
+    """Where the cache has blocks: those it holds, the first `RunnerLimits.block_size` positions in the first one. Empty
+    unless RUNNING."""
     state: SequenceState = SequenceState.WAITING
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_preemptions: int = 0
@@ -157,15 +160,28 @@ class Sequence:
 
 @dataclass(slots=True, frozen=True)
 class BatchRow:
-    """One sequence's part of a step: tokens ``[num_computed, num_computed + num_new)`` of its `token_ids`."""
+    """One sequence's part of a step: tokens ``[num_past, num_past + num_new)`` of its `token_ids`.
+
+    A step may be launched while the one before it still runs (`AsyncRunner`). Its rows then go on from what that one
+    will have computed.
+    """
 
     sequence: Sequence
     num_new_tokens: int
+    num_ahead: int = 0
+    """Tokens of the sequence that the step before computes, where the policy has not seen that step's outcome yet."""
+    fed_by: int = -1
+    """Where the row's one token is what the step before samples: that one's row. It never passes through the host."""
+
+    @property
+    def num_past(self) -> int:
+        """Tokens that are in the cache when the step begins."""
+        return self.sequence.num_computed_tokens + self.num_ahead
 
     @property
     def is_sampled(self) -> bool:
         """The row reaches its last known token, so its logits give the next one."""
-        return self.num_new_tokens == self.sequence.num_pending_tokens
+        return self.num_ahead + self.num_new_tokens >= self.sequence.num_pending_tokens
 
 
 @dataclass(slots=True, frozen=True)
@@ -209,12 +225,16 @@ class RunnerLimits:
     """What a policy must respect; fixed while the runner lives."""
 
     num_slots: int
-    """KV rows."""
+    """KV rows; where the cache has blocks, sequences that run at once."""
     max_model_len: int
     """Prompt and completion tokens of one sequence at most."""
     max_chunk_tokens: int
     """Prompt tokens of one row in one step at most; C = max_model_len + max_chunk_tokens - 1."""
     vocab_size: int
+    block_size: int = 0
+    """Tokens of a KV block; 0: the cache has slots."""
+    num_blocks: int = 0
+    """KV blocks of all sequences together; block 0 is among them and belongs to nobody, for rows that fill a bucket."""
 
 
 class AnyBatch(Protocol):
@@ -252,4 +272,31 @@ class Runner(Protocol[B_contra, O_co]):
 
     def close(self) -> None:
         """Give back memory. Nothing may be executed afterwards."""
+        ...
+
+
+class AsyncRunner(Runner[B_contra, O_co], Protocol[B_contra, O_co]):
+    """A runner whose steps run on a device while the host goes on.
+
+    Steps run in the order in which they are launched, each after the one before it has ended. At most two are out.
+    """
+
+    def can_follow(self, batch: B_contra) -> bool:
+        """A step may be launched behind this one before its outcome is known: every token is drawn on the device."""
+        ...
+
+    def launch(self, batch: B_contra) -> None:
+        """Start a step. Rows with `BatchRow.fed_by` take their token from the step launched before it.
+
+        Raises:
+            EngineError: the step was not started.
+        """
+        ...
+
+    def collect(self) -> O_co:
+        """Wait for the oldest step that is out.
+
+        Raises:
+            EngineError: it failed. A step behind it has no answer either: it is not to be collected.
+        """
         ...

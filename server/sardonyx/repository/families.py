@@ -13,12 +13,17 @@ TokenId = Annotated[int, Meta(ge=0, le=1 << 31)]
 
 
 class KvLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Shape of the in-place cache: ``past_key_values.{i}.key|value`` is ``(B, K, C, D)``, bound as present too."""
+    """Shape of the in-place cache: ``past_key_values.{i}.key|value``, bound as present too.
+
+    Slots: ``(B, K, C, D)``. Blocks: ``(blocks, block_size, K, D)``.
+    """
 
     num_layers: Count
     num_kv_heads: Count
     head_size: Count
     datatype: Literal["FP32", "FP16", "BF16", "INT8"] = "FP32"
+    block_size: Annotated[int, Meta(ge=16, le=1 << 16)] | None = None
+    """Positions of a block, a power of two; ``None``: the cache has slots."""
 
 
 class LanguageModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
