@@ -12,7 +12,7 @@ Shape letters, used in every docstring of the project:
 import enum
 from collections.abc import Sized
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -160,7 +160,7 @@ class Sequence:
 
 @dataclass(slots=True, frozen=True)
 class BatchRow:
-    """One sequence's part of a step: tokens ``[num_past, num_past + num_new)`` of its `token_ids`.
+    """One sequence's part of a step: tokens ``[num_past, num_past + num_new)`` of its `token_ids`, as it is when made.
 
     A step may be launched while the one before it still runs (`AsyncRunner`). Its rows then go on from what that one
     will have computed.
@@ -173,15 +173,16 @@ class BatchRow:
     fed_by: int = -1
     """Where the row's one token is what the step before samples: that one's row. It never passes through the host."""
 
-    @property
-    def num_past(self) -> int:
-        """Tokens that are in the cache when the step begins."""
-        return self.sequence.num_computed_tokens + self.num_ahead
+    num_past: int = field(init=False)
+    """Tokens that are in the cache when the step begins."""
+    is_sampled: bool = field(init=False)
+    """The row reaches the last token that is known when it begins, so its logits give the next one."""
 
-    @property
-    def is_sampled(self) -> bool:
-        """The row reaches its last known token, so its logits give the next one."""
-        return self.num_ahead + self.num_new_tokens >= self.sequence.num_pending_tokens
+    def __post_init__(self) -> None:
+        # Settled here: by the time a step is collected the one before it may have moved the sequence on.
+        sequence, num_ahead = self.sequence, self.num_ahead
+        object.__setattr__(self, "num_past", sequence.num_computed_tokens + num_ahead)
+        object.__setattr__(self, "is_sampled", num_ahead + self.num_new_tokens >= sequence.num_pending_tokens)
 
 
 @dataclass(slots=True, frozen=True)
@@ -275,10 +276,13 @@ class Runner(Protocol[B_contra, O_co]):
         ...
 
 
+@runtime_checkable
 class AsyncRunner(Runner[B_contra, O_co], Protocol[B_contra, O_co]):
     """A runner whose steps run on a device while the host goes on.
 
-    Steps run in the order in which they are launched, each after the one before it has ended. At most two are out.
+    Steps run in the order in which they are launched, each after the one before it has ended. At most two are out. A
+    sequence may end while a row of it is out, and its blocks go to others; a launch therefore reads all that it needs
+    of its sequences, and `collect` gives such a row an answer that nobody looks at.
     """
 
     def can_follow(self, batch: B_contra) -> bool:
