@@ -14,14 +14,14 @@ from tests.tiny_encoders import make_encoder_model, make_tokenizer
 from sardonyx.metrics import Metrics
 from sardonyx.repository.layout import Repository
 from sardonyx.serving.encoder_loader import EncoderLoader
-from sardonyx.serving.encoder_tensors import EncoderTensorModel
+from sardonyx.serving.task_tensors import TaskTensorModel
 from sardonyx.settings import Settings
 from sardonyx.statistics import InferenceStatistics
 
-Test = Callable[[EncoderTensorModel], Awaitable[None]]
+Test = Callable[[TaskTensorModel], Awaitable[None]]
 
 
-def load(root: Path, name: str = "tiny", version: int = 1, **options: Any) -> tuple[EncoderLoader, EncoderTensorModel]:
+def load(root: Path, name: str = "tiny", version: int = 1, **options: Any) -> tuple[EncoderLoader, TaskTensorModel]:
     settings = Settings(**({"repository": root, "num_threads": 2} | options))
     loader = EncoderLoader(settings, Metrics("test"))
     return loader, loader.load(Repository(root).entry(name), version)
@@ -57,7 +57,7 @@ def run(
     return asyncio.run(main())
 
 
-def assert_idle(model: EncoderTensorModel) -> None:
+def assert_idle(model: TaskTensorModel) -> None:
     """Nothing is admitted or pending."""
     assert (model.statistics.num_pending, model.calls.num_active) == (0, 0)
     admission = model.calls._admission

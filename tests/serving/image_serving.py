@@ -19,7 +19,9 @@ from sardonyx.processing.prompt_tokens import PromptTokenizer
 from sardonyx.repository.scheduler_config import read_scheduler_config
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.dispatch import EventDispatch
+from sardonyx.serving.image_generation import ImageGeneration
 from sardonyx.serving.images import ImageLimits, ImageModel, ImageVersion
+from sardonyx.serving.loop_calls import LoopCalls
 from sardonyx.serving.picture_moderation import PictureModerator
 from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.task_finder import Judge
@@ -27,7 +29,7 @@ from sardonyx.statistics import InferenceStatistics
 
 
 class HeldEngine:
-    """A `dispatch.Engine` and an `images.ImageLoop` that holds every request until the test answers."""
+    """A `dispatch.Engine` and a `loop_calls.Loop` that holds every request until the test answers."""
 
     stats = ScriptedEngine.stats
 
@@ -98,6 +100,13 @@ class ServedImages:
         self.pool = WorkerPool()
         self.admission = admission or Admission(64, 10_000)
         self.statistics = InferenceStatistics("tiny", 1)
+        self.calls = LoopCalls[ImageGeneration](
+            "tiny",
+            self.engine,
+            admission=self.admission,
+            metrics=ModelMetrics("tiny"),
+            statistics=self.statistics,
+        )
         self.model = ImageModel(
             ImageVersion(
                 "tiny",
@@ -109,22 +118,18 @@ class ServedImages:
                 ],
                 has_vae_encoder,
             ),
-            self.engine,
+            self.calls,
             self.dispatch,
             pool=self.pool,
-            admission=self.admission,
             limits=limits or ImageLimits(max_pixels=4 * 32 * 32, max_steps=50, timeout_s=60, queue_timeout_s=60),
-            metrics=ModelMetrics("tiny"),
-            statistics=self.statistics,
             moderator=None if judge is None else PictureModerator("tiny", "judge", judge, self.pool),
         )
 
     def assert_idle(self) -> None:
         """Nothing is reserved, pending or asked of the engine."""
         assert (self.admission.num_sequences, self.admission.num_tokens) == (0, 0)
-        assert (self.model.num_active, self.statistics.num_pending) == (0, 0)
+        assert (self.calls.num_active, self.statistics.num_pending) == (0, 0)
         assert not self.engine.held
-        assert not self.model._calls
 
 
 @asynccontextmanager
@@ -136,5 +141,5 @@ async def serving(folder: Path, **options: Any) -> AsyncIterator[ServedImages]:
         await asyncio.sleep(0)
         served.assert_idle()
     finally:
-        await served.model.close()
+        await served.calls.close()
         served.pool.close()

@@ -19,11 +19,12 @@ from sardonyx.processing.whisper_tokens import WhisperTokens
 from sardonyx.repository.families import Whisper
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.dispatch import EventDispatch
+from sardonyx.serving.loop_calls import LoopCalls
 from sardonyx.serving.passage import SpeechTools
 from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.speech import SpeechLimits, SpeechModel
 from sardonyx.serving.speech_requests import SpeechRequests
-from sardonyx.serving.transcription import SpeechRuntime
+from sardonyx.serving.transcription import SpeechRuntime, Transcription
 from sardonyx.speech import Alignment, SpeechEvent, SpeechRequest, SpeechTask
 from sardonyx.statistics import InferenceStatistics
 
@@ -33,7 +34,7 @@ Script = Callable[[SpeechRequest], Answer]
 
 
 class ScriptedEngine:
-    """A `dispatch.Engine` and a `speech.SpeechLoop` that answers at once what its script says."""
+    """A `dispatch.Engine` and a `loop_calls.Loop` that answers at once what its script says."""
 
     def __init__(self, dispatch: EventDispatch, script: Script) -> None:
         self.script = script
@@ -202,7 +203,6 @@ class ServedSpeech(Speech):
         self.admission = admission or Admission(64, 10_000)
         self.statistics = InferenceStatistics("tiny", 1)
         self.metrics = ModelMetrics("tiny")
-        self.num_closed = 0
         runtime = SpeechRuntime(
             model_name="tiny",
             tools=self.tools,
@@ -210,23 +210,16 @@ class ServedSpeech(Speech):
             max_passages=max_passages,
             metrics=self.metrics,
         )
-        self.model = SpeechModel(
-            runtime,
-            self.facts,
-            self.engine,
-            admission=self.admission,
-            limits=limits or SpeechLimits(max_audio_s=7200, timeout_s=60),
-            statistics=self.statistics,
-            on_close=self._count_close,
+        self.calls = LoopCalls[Transcription](
+            "tiny", self.engine, admission=self.admission, metrics=self.metrics, statistics=self.statistics
         )
-
-    def _count_close(self) -> None:
-        self.num_closed += 1
+        limits = limits or SpeechLimits(max_audio_s=7200, timeout_s=60)
+        self.model = SpeechModel(runtime, self.facts, self.calls, limits)
 
     def assert_idle(self) -> None:
         """Nothing is reserved, pending or asked of the engine."""
         assert (self.admission.num_sequences, self.admission.num_tokens) == (0, 0)
-        assert (self.model.num_active, self.statistics.num_pending) == (0, 0)
+        assert (self.calls.num_active, self.statistics.num_pending) == (0, 0)
         assert not self.engine.held
 
 
@@ -239,5 +232,5 @@ async def serving(folder: Path, script: Script, **options: object) -> AsyncItera
         await asyncio.sleep(0)
         served.assert_idle()
     finally:
-        await served.model.close()
+        await served.calls.close()
         served.pool.close()

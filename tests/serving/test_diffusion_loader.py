@@ -52,7 +52,7 @@ def run(root, test, find_judge=no_judge, **options):
         loader, model = load(root, find_judge, **options)
         try:
             await test(model)
-            assert model.task.num_active == model.statistics.num_pending == 0
+            assert model.calls.num_active == model.statistics.num_pending == 0
             assert loader._admission.num_sequences == 0
         finally:
             await model.close()
@@ -144,7 +144,7 @@ def test_calls_at_once_get_what_they_get_alone(tmp_path, layout):
         for wish, (among,) in zip(wishes, together, strict=True):
             (alone,) = await paint(model, **wish)
             assert np.abs(among.astype(int) - alone.astype(int)).max() <= 1
-        assert model.task.stats().generated_tokens > 0
+        assert model.calls.stats().generated_tokens > 0
 
     run(tmp_path, test)
 
@@ -374,7 +374,7 @@ def test_registry_loads_reloads_and_unloads_it(tmp_path):
             call = await again.start(ImageOptions(prompt="a"), request_id="third")
             assert len(await call.collect()) == 1
             await registry.unload("tiny")
-            assert not again.is_alive
+            assert not again.calls.is_alive
         finally:
             await registry.close()
 

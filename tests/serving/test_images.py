@@ -427,43 +427,13 @@ def test_engine_is_told_the_deadline(folder, timeout_s, expected_s):
     on(folder, test)
 
 
-def test_stop_ends_one_call_or_all(folder):
-    async def test(served):
-        calls = [await start(served, id=f"call{index}") for index in range(3)]
-        assert served.model.stop("nobody") == 0
-        assert served.model.stop("call1") == 1
-        assert served.model.stop() == 2
-        for call in calls:
-            with pytest.raises(RequestAborted):
-                await call.collect()
-
-    on(folder, test)
-
-
-def test_drained_model_takes_no_calls_and_waits_for_the_others(folder):
-    async def test(served):
-        call = await start(served)
-        draining = asyncio.create_task(served.model.drain(60))
-        await settle()
-        assert not draining.done()
-        with pytest.raises(ModelNotReady):
-            await start(served, id="late")
-        served.engine.finish("call-0")
-        assert len(await call.collect()) == 1
-        await draining
-
-    on(folder, test)
-
-
 def test_closed_model_ends_its_calls(folder):
     async def test(served):
         call = await start(served)
-        await served.model.close()
-        await served.model.close()
+        await served.calls.close()
         with pytest.raises(ModelNotReady):
             await call.collect()
         assert served.engine.is_closed
-        assert not served.model.is_alive
 
     on(folder, test)
 
@@ -473,7 +443,7 @@ def test_model_that_is_closed_while_a_call_is_prepared_serves_none(folder, monke
         read = served.model._tokens
 
         def close(text, param):
-            asyncio.run_coroutine_threadsafe(served.model.close(), loop).result()
+            asyncio.run_coroutine_threadsafe(served.calls.close(), loop).result()
             return read(text, param)
 
         loop = asyncio.get_running_loop()

@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 import soundfile
 from tests.serving.fakes import until
-from tests.serving.speech_serving import ServedSpeech, failure, in_turn, serving
+from tests.serving.speech_serving import in_turn, serving
 from tests.tiny_speech import wav
 
 from sardonyx.errors import (
     DeadlineExceeded,
-    EngineError,
     InvalidRequest,
     ModelNotReady,
     Overloaded,
     PayloadTooLarge,
-    RequestAborted,
     UnsupportedFeature,
 )
 from sardonyx.processing.voice_activity import VoiceOptions
@@ -67,7 +65,7 @@ def test_sound_becomes_text(tmp_path):
         served.engine.script = in_turn(served.says(0.0, "one", 2.0))
         call = await start(served, wav(2.5))
         assert (call.id, call.duration_s) == ("call-1", 2.5)
-        assert served.model.num_active == served.statistics.num_pending == 1
+        assert served.calls.num_active == served.statistics.num_pending == 1
         assert texts(await call.collect()) == [" one"]
         [request] = served.engine.requests
         assert request.window.num_frames == 250
@@ -254,7 +252,7 @@ def test_caller_that_leaves_while_its_sound_is_decoded_leaves_nothing(tmp_path):
     async def test(served):
         gate = block(served.pool)
         task = asyncio.ensure_future(start(served))
-        await until(lambda: served.model.num_active)
+        await until(lambda: served.calls.num_active)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -264,53 +262,13 @@ def test_caller_that_leaves_while_its_sound_is_decoded_leaves_nothing(tmp_path):
     assert run(tmp_path, test).failures == {"CANCELED": 1}
 
 
-@pytest.mark.parametrize(("request_id", "num_ended"), [("first", 1), ("third", 0), (None, 2)])
-def test_calls_are_stopped_by_name_or_all(tmp_path, request_id, num_ended):
-    async def test(served):
-        calls = [await start(served, request_id=name) for name in ("first", "second")]
-        assert served.model.stop(request_id) == num_ended
-        assert served.model.num_active == 2 - num_ended
-        if request_id == "first":
-            with pytest.raises(RequestAborted):
-                await calls[0].collect()
-        served.model.stop()
-
-    assert run(tmp_path, test).failures == {"CANCELED": 2}
-
-
-def test_failures_are_counted_by_reason(tmp_path):
-    async def test(served):
-        with pytest.raises(EngineError):
-            await (await start(served)).collect()
-
-    assert run(tmp_path, test, script=lambda _: failure("it broke")).failures == {"BACKEND": 1}
-
-
-def test_unload_lets_calls_end_and_takes_no_more(tmp_path):
-    async def test(served):
-        call = await start(served)
-        await until(lambda: served.engine.held)
-        draining = asyncio.ensure_future(served.model.drain(30))
-        await asyncio.sleep(0)
-        with pytest.raises(ModelNotReady, match="tiny is being unloaded"):
-            await start(served)
-        assert not draining.done()
-        [request] = served.engine.held.values()
-        served.engine.answer(request, served.says(0.0, "one", 2.0))
-        assert texts(await call.collect()) == [" one"]
-        await draining
-        await served.model.drain(30)  # nothing is left
-
-    run(tmp_path, test)
-
-
 def test_unload_waits_for_sounds_that_are_decoded(tmp_path):
     async def test(served):
         gate = block(served.pool)
         served.engine.script = lambda _: served.says(0.0, "one", 2.0)
         task = asyncio.ensure_future(start(served))
-        await until(lambda: served.model.num_active)
-        draining = asyncio.ensure_future(served.model.drain(30))
+        await until(lambda: served.calls.num_active)
+        draining = asyncio.ensure_future(served.calls.drain(30))
         await asyncio.sleep(0)
         gate.set()
         assert texts(await (await task).collect()) == [" one"]
@@ -319,44 +277,18 @@ def test_unload_waits_for_sounds_that_are_decoded(tmp_path):
     run(tmp_path, test)
 
 
-def test_close_ends_what_is_left(tmp_path):
-    async def test(served):
-        call = await start(served)
-        await until(lambda: served.engine.held)
-        await served.model.drain(0)
-        await served.model.close()
-        with pytest.raises(ModelNotReady):
-            await call.collect()
-        assert served.engine.is_closed
-        assert not served.model.is_alive
-        await served.model.close()
-        assert served.num_closed == 1
-        with pytest.raises(ModelNotReady):
-            await start(served)
-
-    assert run(tmp_path, test).failures == {"REJECTED": 1}
-
-
 def test_close_while_a_sound_is_decoded_ends_that_call_too(tmp_path):
     async def test(served):
         gate = block(served.pool)
         task = asyncio.ensure_future(start(served))
-        await until(lambda: served.model.num_active)
-        await served.model.close()
+        await until(lambda: served.calls.num_active)
+        await served.calls.close()
         gate.set()
         with pytest.raises(ModelNotReady):
             await task
         assert served.engine.requests == []
 
     run(tmp_path, test)
-
-
-def test_model_that_was_never_put_in_place_is_discarded(tmp_path):
-    served = ServedSpeech(tmp_path, hold)
-    served.model.discard()
-    assert served.engine.is_closed
-    assert served.num_closed == 1
-    served.pool.close()
 
 
 def test_languages_are_asked_for_once_a_call(tmp_path):

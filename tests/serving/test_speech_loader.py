@@ -38,7 +38,7 @@ def run(root, test, **options):
         loader, model = load(root, **options)
         try:
             await test(model)
-            assert model.task.num_active == model.statistics.num_pending == 0
+            assert model.calls.num_active == model.statistics.num_pending == 0
             assert loader._admission.num_sequences == 0
         finally:
             await model.close()
@@ -158,7 +158,7 @@ def test_window_that_repeats_itself_is_ended_and_tried_at_each_temperature(tmp_p
         [segment] = window.segments
         assert segment.temperature == 1.0
         assert segment.compression_ratio > 2.4
-        assert model.task.stats().generated_tokens < 6 * 224
+        assert model.calls.stats().generated_tokens < 6 * 224
 
     run(tmp_path, test)
 
@@ -351,7 +351,7 @@ def test_registry_loads_reloads_and_unloads_it(tmp_path):
             call = await again.start(wav(), TranscriptionOptions(), request_id="third")
             assert len(await call.collect()) == 1
             await registry.unload("tiny")
-            assert not again.is_alive
+            assert not again.calls.is_alive
         finally:
             await registry.close()
 

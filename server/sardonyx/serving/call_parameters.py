@@ -1,21 +1,20 @@
 """What a KServe-v2 call may set beside its tensors. Floor 4."""
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from sardonyx.errors import InvalidRequest
-from sardonyx.tensors import Parameter
 
 P = TypeVar("P", bound=msgspec.Struct)
 
 
-def convert_parameters(parameters: Mapping[str, Parameter], kind: type[P], owner: str) -> P:
+def convert_parameters(parameters: Mapping[str, Any], kind: type[P], owner: str) -> P:
     """A call's ``parameters`` as a struct.
 
     Args:
-        parameters: as they came; over gRPC numbers and truths may be text.
+        parameters: as they came; over gRPC, and in tensors of strings, numbers and truths may be text.
         kind: the struct; a name that it does not have is refused, for it would change the answer in silence.
         owner: what messages call such a model.
 

@@ -23,11 +23,14 @@ from sardonyx.runtime.session import open_session
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.dispatch import EventDispatch
 from sardonyx.serving.entry import DIFFUSION_FAMILY
-from sardonyx.serving.image_tensors import ImageTensorModel
+from sardonyx.serving.image_generation import ImageGeneration
+from sardonyx.serving.image_tensors import painter_face
 from sardonyx.serving.images import ImageLimits, ImageModel, ImageVersion
+from sardonyx.serving.loop_calls import LoopCalls
 from sardonyx.serving.picture_moderation import FindJudge, PictureModerator
 from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.status import unix_time
+from sardonyx.serving.task_tensors import TaskTensorModel
 from sardonyx.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -65,7 +68,7 @@ class DiffusionLoader:
         """When the last model is closed."""
         self._pool.close()
 
-    def load(self, entry: ModelEntry, version: int) -> ImageTensorModel:
+    def load(self, entry: ModelEntry, version: int) -> TaskTensorModel:
         """One version, its engine running.
 
         Raises:
@@ -100,19 +103,25 @@ class DiffusionLoader:
         statistics = self._metrics.inference(name, version)
         statistics.load_s = time.monotonic() - started_s
         logger.info("%s: version %d loaded in %.2f s", name, version, statistics.load_s)
-        task = ImageModel(
-            ImageVersion(name, diffusion, scheduler, tokenizers, "vae_encoder" in manifest.graphs),
+        calls = LoopCalls[ImageGeneration](
+            name,
             engine,
-            dispatch,
-            pool=self._pool,
             admission=self._admission,
-            limits=self._limits(options, diffusion),
             metrics=self._metrics.model(name),
             statistics=statistics,
+        )
+        task = ImageModel(
+            ImageVersion(name, diffusion, scheduler, tokenizers, "vae_encoder" in manifest.graphs),
+            calls,
+            dispatch,
+            pool=self._pool,
+            limits=self._limits(options, diffusion),
             moderator=self._moderator(name, options),
         )
-        return ImageTensorModel(
+        return TaskTensorModel(
             task,
+            painter_face(task),
+            calls,
             entry.config,
             version=version,
             created=unix_time(manifest.created) or int(folder.stat().st_mtime),

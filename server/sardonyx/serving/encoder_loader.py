@@ -25,13 +25,14 @@ from sardonyx.serving.admission import Admission
 from sardonyx.serving.classifier import TextClassifier
 from sardonyx.serving.embeddings import EmbeddingModel
 from sardonyx.serving.encoder import EncoderVersion
-from sardonyx.serving.encoder_tensors import EncoderTensorModel, Face, classifier_face, embedding_face, reranker_face
+from sardonyx.serving.encoder_tensors import classifier_face, embedding_face, reranker_face
 from sardonyx.serving.entry import ENCODER_FAMILIES
 from sardonyx.serving.event_inbox import EventInbox
 from sardonyx.serving.item_calls import ItemCalls
 from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.reranker import RerankerModel
 from sardonyx.serving.status import unix_time
+from sardonyx.serving.task_tensors import Face, TaskTensorModel
 from sardonyx.serving.tasks import CategoryRule
 from sardonyx.serving.tensor_sessions import MAX_WIDE_BYTES
 from sardonyx.settings import Settings, usable_cores
@@ -58,7 +59,7 @@ class EncoderLoader:
         """When the last model is closed."""
         self._pool.close()
 
-    def load(self, entry: ModelEntry, version: int) -> EncoderTensorModel:
+    def load(self, entry: ModelEntry, version: int) -> TaskTensorModel:
         """One version, its instances running.
 
         Raises:
@@ -88,7 +89,7 @@ class EncoderLoader:
         task, face = self._task(facts, calls, manifest, options, moderation)
         statistics.load_s = time.monotonic() - started_s
         logger.info("%s: version %d loaded in %.2f s", entry.name, version, statistics.load_s)
-        return EncoderTensorModel(
+        return TaskTensorModel(
             task,
             face,
             calls,

@@ -23,13 +23,14 @@ from sardonyx.runners.images import ImageClassifierRunner
 from sardonyx.runtime.session import SessionConfig, open_session
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.encoder_loader import moderation_rules
-from sardonyx.serving.encoder_tensors import EncoderTensorModel, image_face
+from sardonyx.serving.encoder_tensors import image_face
 from sardonyx.serving.entry import IMAGE_CLASSIFIER
 from sardonyx.serving.event_inbox import EventInbox
 from sardonyx.serving.image_classifier import ImageClassifier
 from sardonyx.serving.item_calls import ItemCalls
 from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.status import unix_time
+from sardonyx.serving.task_tensors import TaskTensorModel
 from sardonyx.settings import Settings, usable_cores
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class ImageClassifierLoader:
         """When the last model is closed."""
         self._pool.close()
 
-    def load(self, entry: ModelEntry, version: int) -> EncoderTensorModel:
+    def load(self, entry: ModelEntry, version: int) -> TaskTensorModel:
         """One version, its instances running.
 
         Raises:
@@ -87,11 +88,11 @@ class ImageClassifierLoader:
         task = ImageClassifier(entry.name, calls, self._pool, image=image, labels=labels, moderation=moderation)
         statistics.load_s = time.monotonic() - started_s
         logger.info("%s: version %d loaded in %.2f s", entry.name, version, statistics.load_s)
-        return EncoderTensorModel(
+        return TaskTensorModel(
             task,
-            image_face(task),
+            image_face(task, max_batch_size=MAX_CALL_IMAGES),
             calls,
-            _limited(entry.config),
+            entry.config,
             version=version,
             created=unix_time(manifest.created) or int(folder.stat().st_mtime),
             size_bytes=sum(each.size_bytes for each in all_files(manifest)),
@@ -140,11 +141,3 @@ def _options(config: ModelConfig, file: str) -> EncoderOptions:
         if field.name not in _OPTIONS and field.name in config.parameters:
             raise ConfigError("has no meaning for an image classifier", file=file, field=f"parameters[{field.name!r}]")
     return options
-
-
-def _limited(config: ModelConfig) -> ModelConfig:
-    """The operator's config, with the most pictures of a call."""
-    result = ModelConfig()
-    result.CopyFrom(config)
-    result.max_batch_size = config.max_batch_size or MAX_CALL_IMAGES
-    return result

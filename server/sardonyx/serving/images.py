@@ -7,26 +7,20 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from sardonyx.diffusion import Picture, Pixels, Prompt, SourceImage
-from sardonyx.engine.stats import LoopStats
-from sardonyx.errors import DeadlineExceeded, InvalidRequest, ModelNotReady, ServeError, UnsupportedFeature
-from sardonyx.metrics import ModelMetrics
+from sardonyx.errors import DeadlineExceeded, InvalidRequest, ServeError, UnsupportedFeature
 from sardonyx.processing.picture import read_mask, read_source, size_of
 from sardonyx.processing.prompt_tokens import PromptTokenizer
 from sardonyx.processing.samplers import make_sampler, noise_generator
 from sardonyx.repository.families import Diffusion
 from sardonyx.repository.scheduler_config import SchedulerConfig
-from sardonyx.serving.admission import Admission
 from sardonyx.serving.dispatch import EventDispatch
 from sardonyx.serving.image_generation import ImageCall, ImageGeneration
-from sardonyx.serving.open_calls import OpenCalls
+from sardonyx.serving.loop_calls import LoopCalls
 from sardonyx.serving.picture_moderation import PictureModerator
 from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.tasks import ImageOptions, ImageUsage
-from sardonyx.statistics import InferenceStatistics, failure_reason
-from sardonyx.tensors import InferenceTimes
 
 _MAX_PROMPTS = 64
 """Encodings that are kept for prompts to come: 0.2 MB each of Stable Diffusion's, 0.6 MB of SDXL's."""
@@ -35,19 +29,6 @@ _MOST_RATIO = 3.0
 
 Ids = tuple[tuple[int, ...], ...]
 """Of a prompt, by encoder."""
-
-
-class ImageLoop(Protocol):
-    """What is asked of a step loop here; `engine.loop.StepLoop` is one."""
-
-    @property
-    def is_alive(self) -> bool: ...
-
-    def stats(self) -> LoopStats: ...
-
-    def close(self) -> None:
-        """Blocks until the loop's thread has ended."""
-        ...
 
 
 @dataclass(slots=True, frozen=True)
@@ -76,46 +57,32 @@ class ImageModel:
 
     Args:
         version: what it serves.
-        loop: started; closed with the model.
-        dispatch: connected to it.
+        calls: belongs to the model from now on; its admission counts pictures and their steps.
+        dispatch: connected to the calls' loop.
         pool: where pictures are decoded and prompts tokenised; shared.
-        admission: counts pictures and their steps; shared by models.
         limits: of a call.
-        metrics: of the model.
-        statistics: of this version; they outlive it.
         moderator: looks at every picture before it is given out.
     """
 
     def __init__(
         self,
         version: ImageVersion,
-        loop: ImageLoop,
+        calls: LoopCalls[ImageGeneration],
         dispatch: EventDispatch,
         *,
         pool: WorkerPool,
-        admission: Admission,
         limits: ImageLimits,
-        metrics: ModelMetrics,
-        statistics: InferenceStatistics,
         moderator: PictureModerator | None = None,
     ) -> None:
         self.name = version.name
-        self.statistics = statistics
+        self.calls = calls
         self._version = version
         self._model = version.model
-        self._loop = loop
         self._dispatch = dispatch
         self._pool = pool
-        self._admission = admission
         self._limits = limits
-        self._metrics = metrics
         self._moderator = moderator
         self._prompts: OrderedDict[Ids, Prompt] = OrderedDict()
-        self._open = OpenCalls()
-        self._calls: set[ImageGeneration] = set()
-        self._is_closed = False
-        self._stats = loop.stats
-        metrics.attach(self._stats)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -137,41 +104,16 @@ class ImageModel:
         """Partial pictures can be given."""
         return bool(self._model.preview)
 
-    @property
-    def is_alive(self) -> bool:
-        """The loop takes requests."""
-        return self._loop.is_alive
-
-    @property
-    def num_active(self) -> int:
-        """Calls that were accepted and have not ended."""
-        return self._open.num_calls
-
-    def stats(self) -> LoopStats:
-        """Of the loop."""
-        return self._loop.stats()
-
     async def start(self, options: ImageOptions, *, request_id: str) -> ImageGeneration:
         """See `tasks.ImageTask.start`."""
-        if self._open.is_draining:
-            raise self._unloaded()
-        started_ns, started_s = time.perf_counter_ns(), time.monotonic()
         self._check(options)
         if self._moderator is not None:
             self._moderator.judge()
+        started_s = time.monotonic()
         deadline_s = started_s + min(options.timeout_s or math.inf, self._limits.timeout_s)
         steps = options.steps or self._model.default_steps
-        reservation = self._admission.reserve(options.n, options.n * steps)
-        self._open.begin()
-        self.statistics.num_pending += 1
-        try:
+        with self.calls.accept(options.n, options.n * steps) as accepted:
             pictures, usage = await self._prepare(options, deadline_s)
-            if self._is_closed:
-                raise self._unloaded()
-        except BaseException as error:
-            reservation.release()
-            self._end(error, started_ns)
-            raise
         _, height, width = pictures[0].size
         scale = self._model.pixels_per_latent
         call = ImageGeneration(
@@ -185,49 +127,29 @@ class ImageModel:
                 check=self._moderation(deadline_s),
             ),
             dispatch=self._dispatch,
-            reservation=reservation,
-            retry_after_s=self._admission.retry_after_s,
-            on_end=lambda call, error: self._forget(call, error, started_ns),
+            reservation=accepted.reservation,
+            retry_after_s=self.calls.admission.retry_after_s,
+            on_end=lambda call, error: self._end(call, error, started_s),
         )
-        self._calls.add(call)
+        self.calls.begin(call, accepted)
         # A call that cannot be submitted ends itself, and the rest with it.
         call.submit()
         return call
+
+    def _end(self, call: ImageGeneration, error: ServeError | None, started_s: float) -> None:
+        self.calls.end(call, error)
+        self.calls.metrics.observe_request(
+            call.finish_reason,
+            e2e_s=time.monotonic() - started_s,
+            num_prompt_tokens=call.usage.num_text_tokens,
+            num_completion_tokens=0,
+        )
 
     def _moderation(self, deadline_s: float) -> Callable[[Pixels], Awaitable[None]] | None:
         moderator = self._moderator
         if moderator is None:
             return None
         return lambda pixels: moderator.check(pixels, timeout_s=max(0.001, deadline_s - time.monotonic()))
-
-    def stop(self, request_id: str | None = None) -> int:
-        """End one call, or all of them. How many were ended."""
-        chosen = [call for call in self._calls if request_id in {None, call.id}]
-        for call in chosen:
-            call.abort()
-        return len(chosen)
-
-    async def drain(self, timeout_s: float) -> None:
-        """Take no more calls, and wait until the accepted ones have ended, so long at most."""
-        await self._open.drain(timeout_s)
-
-    async def close(self) -> None:
-        """End what is left with ModelNotReady, and free the engine. Idempotent."""
-        self._open.is_draining = True
-        if self._is_closed:
-            return
-        self._is_closed = True
-        for call in list(self._calls):
-            call.abort(self._unloaded())
-        try:
-            await asyncio.to_thread(self._loop.close)
-        finally:
-            self._metrics.detach(self._stats)
-
-    def discard(self) -> None:
-        """Free what was never put in place. Blocks."""
-        self._loop.close()
-        self._metrics.detach(self._stats)
 
     def _check(self, options: ImageOptions) -> None:
         """Refuse what this model cannot do."""
@@ -352,34 +274,6 @@ class ImageModel:
             time_ids=None if model.pooled_width is None else (height, width, 0, 0, height, width),
             preview_steps=_preview_steps(sampler.num_steps, options.num_previews),
         )
-
-    def _forget(self, call: ImageGeneration, error: ServeError | None, started_ns: int) -> None:
-        self._calls.discard(call)
-        self._end(error, started_ns)
-        self._metrics.observe_request(
-            call.finish_reason,
-            e2e_s=(time.perf_counter_ns() - started_ns) / 1e9,
-            num_prompt_tokens=call.usage.num_text_tokens,
-            num_completion_tokens=0,
-        )
-
-    def _end(self, error: BaseException | None, started_ns: int) -> None:
-        """A call that was accepted is over."""
-        self.statistics.num_pending -= 1
-        self._open.end()
-        total_ns = time.perf_counter_ns() - started_ns
-        if error is None:
-            times = InferenceTimes(compute_infer_ns=total_ns)
-            self.statistics.observe_success(total_ns=total_ns, queue_ns=0, times=times, batch_size=1)
-            self.statistics.observe_execution(1, times)
-        elif isinstance(error, asyncio.CancelledError):
-            self.statistics.observe_failure("CANCELED", total_ns)
-        # Triton counts no request that it refused for what it says.
-        elif isinstance(error, ServeError) and not isinstance(error, InvalidRequest):
-            self.statistics.observe_failure(failure_reason(error), total_ns)
-
-    def _unloaded(self) -> ModelNotReady:
-        return ModelNotReady(f"model {self.name} is being unloaded")
 
 
 def _preview_steps(num_steps: int, num_previews: int) -> frozenset[int]:

@@ -196,6 +196,10 @@ class ItemCalls:
             raise error
         return [result for result in call.results if result is not None]
 
+    def stop(self, request_id: str | None = None) -> int:
+        """Nothing is generated: a call ends by itself."""
+        return 0
+
     async def drain(self, timeout_s: float) -> None:
         """Take no more calls, and wait until the accepted ones have ended, so long at most."""
         await self._open.drain(timeout_s)

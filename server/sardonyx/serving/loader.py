@@ -14,18 +14,16 @@ from sardonyx.repository.layout import ModelEntry, Repository, read_manifest
 from sardonyx.runtime.session import configure_threads
 from sardonyx.serving.diffusion_loader import DiffusionLoader
 from sardonyx.serving.encoder_loader import EncoderLoader
-from sardonyx.serving.encoder_tensors import EncoderTensorModel
 from sardonyx.serving.ensemble import EnsembleModel
 from sardonyx.serving.entry import DIFFUSION_FAMILY, ENCODER_FAMILIES, IMAGE_CLASSIFIER, SPEECH_FAMILY, TEXT_FAMILY
 from sardonyx.serving.image_loader import ImageClassifierLoader
-from sardonyx.serving.image_tensors import ImageTensorModel
 from sardonyx.serving.memory import KvBudget, free_memory_bytes
 from sardonyx.serving.override import override_config, override_folder
 from sardonyx.serving.registry import Registry
 from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
 from sardonyx.serving.speech_loader import SpeechLoader
-from sardonyx.serving.speech_tensors import SpeechTensorModel
 from sardonyx.serving.task_finder import Judge, TaskFinder
+from sardonyx.serving.task_tensors import TaskTensorModel
 from sardonyx.serving.tensor_loader import TensorLoader
 from sardonyx.serving.tensors import TensorModel
 from sardonyx.serving.text_loader import TextLoader
@@ -143,7 +141,7 @@ class ModelLoader:
         return self._registry.part(name, version)
 
 
-_Discardable = TensorModel | EnsembleModel | EncoderTensorModel | SpeechTensorModel | ImageTensorModel
+_Discardable = TensorModel | EnsembleModel | TaskTensorModel
 
 
 def _load_versions(entry: ModelEntry, load: Callable[[ModelEntry, int], _Discardable]) -> dict[int, ServedModel]:

@@ -1,6 +1,7 @@
 """What every loaded model version offers, whatever its family: tensors over KServe-v2, a state, an end.
 
-Floor 4. `serving.tensors.TensorModel`, `serving.ensemble.EnsembleModel` and `serving.text.TextModel` are such models.
+Floor 4. `tensors.TensorModel`, `ensemble.EnsembleModel`, `text_tensors.TextTensorModel` and
+`task_tensors.TaskTensorModel` are such models.
 """
 
 from collections.abc import AsyncIterator

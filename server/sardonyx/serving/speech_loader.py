@@ -24,14 +24,16 @@ from sardonyx.runtime.session import open_session
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.dispatch import EventDispatch
 from sardonyx.serving.entry import SPEECH_FAMILY
+from sardonyx.serving.loop_calls import LoopCalls
 from sardonyx.serving.memory import KvBudget, KvShare
 from sardonyx.serving.passage import SpeechTools
 from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.speech import SpeechLimits, SpeechModel
 from sardonyx.serving.speech_requests import SpeechRequests
-from sardonyx.serving.speech_tensors import SpeechTensorModel
+from sardonyx.serving.speech_tensors import speech_face
 from sardonyx.serving.status import unix_time
-from sardonyx.serving.transcription import SpeechRuntime
+from sardonyx.serving.task_tensors import TaskTensorModel
+from sardonyx.serving.transcription import SpeechRuntime, Transcription
 from sardonyx.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ class SpeechLoader:
         """When the last model is closed."""
         self._pool.close()
 
-    def load(self, entry: ModelEntry, version: int) -> SpeechTensorModel:
+    def load(self, entry: ModelEntry, version: int) -> TaskTensorModel:
         """One version, its engine running.
 
         Raises:
@@ -110,17 +112,20 @@ class SpeechLoader:
             max_passages=2 * num_slots,
             metrics=metrics,
         )
-        task = SpeechModel(
-            runtime,
-            whisper,
+        calls = LoopCalls[Transcription](
+            name,
             engine,
             admission=self._admission,
-            limits=SpeechLimits(max_audio_s=self._settings.max_audio_s, timeout_s=self._settings.request_timeout_s),
+            metrics=metrics,
             statistics=statistics,
             on_close=lambda: self._budget.give_back(share),
         )
-        return SpeechTensorModel(
+        limits = SpeechLimits(max_audio_s=self._settings.max_audio_s, timeout_s=self._settings.request_timeout_s)
+        task = SpeechModel(runtime, whisper, calls, limits)
+        return TaskTensorModel(
             task,
+            speech_face(task),
+            calls,
             entry.config,
             version=version,
             created=unix_time(manifest.created) or int(folder.stat().st_mtime),

@@ -14,13 +14,15 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 from msgspec import Meta
-from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from sardonyx.core import SamplingParams
 from sardonyx.errors import InvalidRequest, ServeError, UnsupportedFeature
+from sardonyx.serving.call_parameters import convert_parameters
 from sardonyx.serving.generation import Generation
 from sardonyx.serving.options import GenerationOptions
 from sardonyx.serving.served import InferAnswer, InferCall
+from sardonyx.serving.task_tensors import completed
 from sardonyx.serving.text import TextModel
 from sardonyx.statistics import InferenceStatistics, failure_reason
 from sardonyx.tensors import InferenceTimes, Parameter, Tensor, TensorMetadata
@@ -72,7 +74,8 @@ class TextTensorModel:
 
     def __init__(self, text: TextModel, config: ModelConfig, statistics: InferenceStatistics) -> None:
         self.text = text
-        self.config = completed(config)
+        self.config = completed(config, INPUTS, OUTPUTS)
+        self.config.model_transaction_policy.decoupled = True
         self.statistics = statistics
 
     @property
@@ -191,25 +194,7 @@ class _Asked:
         }
         if "sampling_parameters" in tensors:
             values |= _decode(_text(tensors["sampling_parameters"]))
-        self.options = _options(_convert(values))
-
-
-def completed(config: ModelConfig) -> ModelConfig:
-    """What the config endpoint shows of a language model."""
-    result = ModelConfig()
-    result.CopyFrom(config)
-    result.platform, result.backend = "onnxruntime_onnx", "onnxruntime"
-    if not result.HasField("version_policy"):
-        result.version_policy.latest.num_versions = 1
-    types = {"BYTES": "TYPE_STRING", "BOOL": "TYPE_BOOL"}
-    for each in INPUTS:
-        result.input.append(
-            ModelInput(name=each.name, data_type=types[each.datatype], dims=each.shape, optional=each.is_optional)
-        )
-    for each in OUTPUTS:
-        result.output.append(ModelOutput(name=each.name, data_type=types[each.datatype], dims=each.shape))
-    result.model_transaction_policy.decoupled = True
-    return result
+        self.options = _options(convert_parameters(values, TextParameters, "a language model"))
 
 
 async def _read(generation: Generation, asked: _Asked, statistics: InferenceStatistics) -> AsyncIterator[InferAnswer]:
@@ -281,23 +266,6 @@ def _decode(text: str) -> dict[str, Any]:
         return msgspec.json.decode(text, type=dict[str, Any]) if text.strip() else {}
     except (msgspec.DecodeError, RecursionError):
         raise InvalidRequest("sampling_parameters: expected a JSON object", param="sampling_parameters") from None
-
-
-def _convert(values: dict[str, Any]) -> TextParameters:
-    for name in values:
-        if name not in TextParameters.__struct_fields__:
-            known = ", ".join(TextParameters.__struct_fields__)
-            raise InvalidRequest(
-                f"{name[:80]}: is no parameter of a language model; there are {known}", param=name[:80]
-            )
-    # Over gRPC and in tensors of strings numbers may come as text; vLLM's backend takes them so, too.
-    try:
-        return msgspec.convert(values, TextParameters, strict=False)
-    except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `$.")
-        field = path.strip("`") or None
-        reason = reason.replace(" | null", "").replace("Expected", "expected").replace("`", "")
-        raise InvalidRequest(f"{field}: {reason}" if field else reason, param=field) from None
 
 
 def _options(parameters: TextParameters) -> GenerationOptions:
