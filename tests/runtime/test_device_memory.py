@@ -1,14 +1,17 @@
 import ctypes
+import shutil
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sardonyx.errors import ConfigError
 from sardonyx.runtime.device_memory import free_device_bytes, measure_device, total_device_bytes
-from sardonyx.runtime.host_memory import free_memory_bytes
 
 GIB = 1 << 30
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="builds a driver with cc")
 
 DRIVER = """
 #include <stddef.h>
@@ -28,7 +31,7 @@ int cuCtxPushCurrent_v2(void *pushed) { current = (int)((int *)pushed - context)
 int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
     if (current < 0) return 201;
     if (FAIL_MEASURE) return FAIL_MEASURE;
-    *free_bytes = (size_t)70 << 30;
+    *free_bytes = current == 0 ? (size_t)70 << 30 : 4096; /* an integrated card tells MemFree */
     *total = (size_t)80 << 30;
     return 0;
 }
@@ -48,6 +51,7 @@ def build_driver(folder: Path, *, fail_init: int = 0, fail_measure: int = 0) -> 
     return ctypes.CDLL(str(library))
 
 
+@needs_compiler
 def test_free_and_total_bytes_are_the_drivers(tmp_path: Path) -> None:
     driver = build_driver(tmp_path)
     memory = measure_device(0, load=lambda _: driver)
@@ -55,30 +59,32 @@ def test_free_and_total_bytes_are_the_drivers(tmp_path: Path) -> None:
     assert (driver.num_held(), driver.num_releases()) == (0, 1)
 
 
+@needs_compiler
 def test_a_card_that_shares_the_hosts_memory_has_what_the_host_could_give(tmp_path: Path) -> None:
     driver = build_driver(tmp_path)
-    before = free_memory_bytes()
     memory = measure_device(1, load=lambda _: driver)
     assert memory.total_bytes == 80 * GIB
-    assert memory.free_bytes == pytest.approx(min(before, 80 * GIB), rel=0.2)
-    assert memory.free_bytes != 70 * GIB
+    assert 1 << 20 < memory.free_bytes <= min(psutil.virtual_memory().total, 80 * GIB)
 
 
+@needs_compiler
 def test_an_unknown_card_is_told_by_its_number(tmp_path: Path) -> None:
     driver = build_driver(tmp_path)
     with pytest.raises(ConfigError, match=r"cuda:2 .* 101: there is no such CUDA device"):
         measure_device(2, load=lambda _: driver)
 
 
+@needs_compiler
 def test_a_driver_that_does_not_fit_is_told(tmp_path: Path) -> None:
     driver = build_driver(tmp_path, fail_init=803)
     with pytest.raises(ConfigError, match=r"cuInit failed with 803: the driver does not fit"):
         measure_device(0, load=lambda _: driver)
 
 
+@needs_compiler
 def test_the_context_is_let_go_when_measuring_fails(tmp_path: Path) -> None:
     driver = build_driver(tmp_path, fail_measure=700)
-    with pytest.raises(ConfigError, match="cuMemGetInfo_v2 failed with 700$"):
+    with pytest.raises(ConfigError, match=r"cuMemGetInfo_v2 failed with 700$"):
         measure_device(0, load=lambda _: driver)
     assert driver.num_held() == 0
 
