@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sardonyx.core import Batch, BatchRow, RunnerLimits, StepOutput, TokenLogprobs
+from sardonyx.core import Batch, BatchRow, RunnerLimits, StepOutput
 from sardonyx.errors import ConfigError, EngineError
 from sardonyx.repository.families import LanguageModel
-from sardonyx.runners.logprobs import token_logprobs
 from sardonyx.runners.packed_pass import Logits, PackedPass
 from sardonyx.runners.packing import ForwardRow
+from sardonyx.runners.prompt_scores import NOT_FINITE, num_prompt_positions, score_prompt
 from sardonyx.runners.sampler import Sampler
 from sardonyx.runtime.dtypes import DATATYPES
 from sardonyx.runtime.kv_cache import KvCache
@@ -98,20 +98,22 @@ class DecoderRunner:
         Source: com.microsoft.GroupQueryAttention, input `query_seqlens` (ONNX Runtime 1.32 schema).
         """
         rows = [_forward_row(row) for row in batch.rows]
-        num_prompt_positions = [_num_prompt_positions(row) for row in batch.rows]
-        wanted = [
-            _wanted(row, num_positions) for row, num_positions in zip(batch.rows, num_prompt_positions, strict=True)
-        ]
+        scored = [num_prompt_positions(row) for row in batch.rows]
+        wanted = [_wanted(row, num_positions) for row, num_positions in zip(batch.rows, scored, strict=True)]
         self._check_rows(rows)
         for copy in batch.copies:
             self._cache.copy(copy.source, copy.target, copy.num_tokens)
         logits, first_logits = self._pass.forward(rows, wanted)
         output = StepOutput([None] * len(rows), [None] * len(rows), [[] for _ in rows])
         self._sample(batch, wanted, logits, first_logits, output)
-        for index, num_positions in enumerate(num_prompt_positions):
+        for index, num_positions in enumerate(scored):
             if num_positions and index not in output.failed:
-                scored = logits[first_logits[index] : first_logits[index] + num_positions]
-                self._score_prompt(batch.rows[index], index, scored, output)
+                first = first_logits[index]
+                logprobs = score_prompt(batch.rows[index], logits[first : first + num_positions])
+                if logprobs is None:
+                    output.failed[index] = NOT_FINITE
+                else:
+                    output.prompt_logprobs[index] = logprobs
         return output
 
     def forward(self, rows: Sequence[ForwardRow], logits_index: Sequence[int]) -> Logits:
@@ -181,19 +183,6 @@ class DecoderRunner:
             if place in samples.failed:
                 output.failed[index] = samples.failed[place]
 
-    def _score_prompt(self, row: BatchRow, index: int, logits: Logits, output: StepOutput) -> None:
-        sequence = row.sequence
-        num_top = sequence.request.num_prompt_logprobs or 0
-        if not np.isfinite(logits.max(axis=1)).all():
-            output.failed[index] = "the model's output for this prompt is not finite"
-            return
-        first = sequence.num_computed_tokens + 1
-        scored: list[TokenLogprobs] = [
-            token_logprobs(values, token_id, num_top)
-            for values, token_id in zip(logits, sequence.token_ids[first : first + len(logits)], strict=True)
-        ]
-        output.prompt_logprobs[index] = scored
-
     def _check_rows(self, rows: Sequence[ForwardRow]) -> None:
         """Refuse what the kernel would refuse, or worse, accept.
 
@@ -218,19 +207,11 @@ def _forward_row(row: BatchRow) -> ForwardRow:
     return ForwardRow(sequence.slot, sequence.token_ids[num_past : num_past + row.num_new_tokens], num_past)
 
 
-def _num_prompt_positions(row: BatchRow) -> int:
-    """New tokens of the row that predict a prompt token whose log-probability is wanted: the first so many."""
-    sequence = row.sequence
-    if sequence.request.num_prompt_logprobs is None or sequence.num_completion_tokens:
-        return 0  # with completion tokens, this is a recomputation after a preemption: the prompt was scored before
-    return max(0, min(row.num_new_tokens, sequence.num_prompt_tokens - 1 - sequence.num_computed_tokens))
-
-
-def _wanted(row: BatchRow, num_prompt_positions: int) -> Sequence[int]:
+def _wanted(row: BatchRow, num_positions: int) -> Sequence[int]:
     """Positions among the row's new tokens whose logits are wanted, the sampled one last."""
     if not row.is_sampled:
-        return range(num_prompt_positions)
-    return [*range(num_prompt_positions), row.num_new_tokens - 1]
+        return range(num_positions)
+    return [*range(num_positions), row.num_new_tokens - 1]
 
 
 def _check_graph(session: Session, model: LanguageModel, limits: RunnerLimits) -> None:

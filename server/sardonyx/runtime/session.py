@@ -201,14 +201,18 @@ class Session:
         """An empty binding of this session."""
         return Binding(self, self._open().io_binding())
 
-    def run_binding(self, binding: Any) -> None:
+    def new_io_binding(self) -> Any:
+        """An empty ``onnxruntime.IOBinding``, for this package."""
+        return self._open().io_binding()
+
+    def run_binding(self, binding: Any, options: ort.RunOptions | None = None) -> None:
         """Run with an ``onnxruntime.IOBinding``: what `Binding.run` calls.
 
         Raises:
             EngineError: the session failed.
         """
         try:
-            self._open().run_with_iobinding(binding)
+            self._open().run_with_iobinding(binding, options)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise self._failed(error) from error
 
