@@ -15,6 +15,7 @@ def test_models_are_described_by_their_newest_served_version(repository, publish
             versions=[2],
             family="llm",
             precision="int4",
+            target="cpu",
             size_bytes=size,
             created="2026-11-23T00:00:00Z",
         )

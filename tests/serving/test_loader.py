@@ -180,6 +180,16 @@ def test_slots_are_as_many_as_the_budget_holds_and_the_log_says_so(
     assert "KV cache: 3 slots (4 were wanted) of 319 tokens (256 + a chunk of 64 - 1)" in caplog.text
 
 
+def test_weights_that_would_have_to_be_swapped_are_refused(tmp_path: Path) -> None:
+    folder = make_language_model(tmp_path)
+    with (folder / "weights.bin").open("wb") as file:
+        file.truncate(1 << 42)  # of zeros that take no room on the disk
+    with pytest.raises(
+        ConfigError, match=r"needs 4,194,30\d MiB on this machine \(weights .* are free; unload another"
+    ):
+        make_loader(tmp_path, Metrics("test")).load("tiny")
+
+
 def test_a_closed_model_gives_its_memory_back(tmp_path: Path) -> None:
     make_language_model(tmp_path, "a")
     make_language_model(tmp_path, "b")

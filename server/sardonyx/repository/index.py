@@ -28,6 +28,8 @@ class IndexEntry(msgspec.Struct, frozen=True, kw_only=True):
     family: str = ""
     """From the manifest; ``tensors`` where there is none, empty where it could not be read."""
     precision: str = ""
+    target: str = ""
+    """What its graphs are made for: ``cpu`` or ``cuda``. Empty where there is no manifest."""
     size_bytes: int = 0
     """All files of the version folder."""
     created: str = ""
@@ -95,6 +97,7 @@ def _describe(entry: ModelEntry) -> IndexEntry:
         facts,
         family=manifest.family if manifest else "tensors",
         precision=manifest.precision if manifest else "",
+        target=manifest.target if manifest else "",
         created=manifest.created if manifest else "",
         reason=str(problem or ""),
     )

@@ -12,6 +12,8 @@ import psutil
 def free_memory_bytes(root: Path = Path("/")) -> int:
     """Memory that this process could still take without swapping: the machine's, or its cgroup's where that is less.
 
+    Cached files count as free on both sides: they are dropped for whoever needs the room.
+
     Args:
         root: where ``proc`` and ``sys`` lie.
 
@@ -27,16 +29,24 @@ def _cgroup_room(root: Path) -> Iterator[int]:
         _, controllers, group = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        limit_name, used_name = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        limit_name, used_name, prefix = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+            if controllers
+            else ("memory.max", "memory.current", "")
         )
         base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
         relative = Path(group.lstrip("/"))
         for folder in {base / relative, *(base / parent for parent in relative.parents), base}:
             limit, used = _read(folder / limit_name), _read(folder / used_name)
-            # Page cache counts as used and is given back under pressure, so this is less than there is, never more.
             if limit.isdigit() and used.isdigit():
-                yield int(limit) - int(used)
+                yield int(limit) - int(used) + _cached_bytes(folder / "memory.stat", prefix)
+
+
+def _cached_bytes(path: Path, prefix: str) -> int:
+    """Page cache of a cgroup and those below it, of files only: not tmpfs, which would have to be swapped."""
+    lines = (line.split() for line in _read(path).splitlines())
+    wanted = {f"{prefix}inactive_file", f"{prefix}active_file"}
+    return sum(int(words[1]) for words in lines if len(words) == 2 and words[0] in wanted and words[1].isdigit())
 
 
 def _read(path: Path) -> str:

@@ -3,21 +3,25 @@
 Floor 4. Everything here blocks; the registry runs it in worker threads.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 from sardonyx.errors import ConfigError, ModelNotFound
 from sardonyx.metrics import Metrics
 from sardonyx.repository.ensemble import part_names
 from sardonyx.repository.index import DUPLICATE, IndexEntry, index, merge
 from sardonyx.repository.layout import ModelEntry, Repository, read_manifest
+from sardonyx.repository.manifest import Manifest
+from sardonyx.runtime.host_memory import free_memory_bytes
+from sardonyx.runtime.providers import num_gpus
 from sardonyx.runtime.session import configure_threads
 from sardonyx.serving.diffusion_loader import DiffusionLoader
 from sardonyx.serving.encoder_loader import EncoderLoader
 from sardonyx.serving.ensemble import EnsembleModel
 from sardonyx.serving.entry import DIFFUSION_FAMILY, ENCODER_FAMILIES, IMAGE_CLASSIFIER, SPEECH_FAMILY, TEXT_FAMILY
 from sardonyx.serving.image_loader import ImageClassifierLoader
-from sardonyx.serving.memory import KvBudget, free_memory_bytes
+from sardonyx.serving.memory import KvBudget, MemoryBudget, MemoryNeed
 from sardonyx.serving.override import override_config, override_folder
 from sardonyx.serving.registry import Registry
 from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
@@ -41,7 +45,8 @@ def build_registry(settings: Settings, metrics: Metrics) -> Registry:
     """
     configure_threads(settings.num_threads or usable_cores(), allow_spinning=settings.allow_spinning)
     repositories = [Repository(path) for path in (settings.repository, *settings.more_repositories)]
-    num_models = sum(entry.family in _CACHING for entry in merge([index(each) for each in repositories]))
+    entries = merge([index(each) for each in repositories])
+    num_models = sum(entry.family in _CACHING and entry.target == "cpu" for entry in entries)
     budget = KvBudget(int(settings.memory_fraction * free_memory_bytes()), num_models)
     loader = ModelLoader(repositories, settings, metrics, budget)
     registry = Registry(
@@ -72,6 +77,8 @@ class ModelLoader:
         self._speech = SpeechLoader(settings, metrics, budget)
         self._diffusion = DiffusionLoader(settings, metrics, self._judge)
         self._tensors = TensorLoader(settings, metrics, self._part)
+        remedy = "unload another model, export it with a smaller precision, or lower memory_fraction"
+        self._host = MemoryBudget("this machine", free_memory_bytes, remedy=remedy)
 
     def connect(self, registry: Registry) -> None:
         """Where ensembles find their parts, and image models their moderators. Once, before the first load."""
@@ -100,21 +107,42 @@ class ModelLoader:
             if not entry.versions:
                 raise ConfigError("has no version to serve", file=str(entry.path))
             manifest = read_manifest(entry.version_path(entry.versions[-1]))
-            if manifest is None:
-                versions = _load_versions(entry, self._tensors.load)
-                return LoadedModel(versions=versions, depends_on=part_names(entry.config))
-            if manifest.family == TEXT_FAMILY:
-                text = self._texts.load(entry)
-                return LoadedModel(versions={text.version: text})
-            if manifest.family in ENCODER_FAMILIES:
-                return LoadedModel(versions=_load_versions(entry, self._encoders.load))
-            if manifest.family == IMAGE_CLASSIFIER:
-                return LoadedModel(versions=_load_versions(entry, self._images.load))
-            if manifest.family == SPEECH_FAMILY:
-                return LoadedModel(versions=_load_versions(entry, self._speech.load))
-            if manifest.family == DIFFUSION_FAMILY:
-                return LoadedModel(versions=_load_versions(entry, self._diffusion.load))
-            raise ConfigError(f"models of the family {manifest.family} are not served", file=str(entry.path))
+            with self._host_memory(entry, manifest):
+                return self._load(entry, manifest)
+
+    def _load(self, entry: ModelEntry, manifest: Manifest | None) -> LoadedModel:
+        if manifest is None:
+            versions = _load_versions(entry, self._tensors.load)
+            return LoadedModel(versions=versions, depends_on=part_names(entry.config))
+        if manifest.family == TEXT_FAMILY:
+            text = self._texts.load(entry)
+            return LoadedModel(versions={text.version: text})
+        if manifest.family in ENCODER_FAMILIES:
+            return LoadedModel(versions=_load_versions(entry, self._encoders.load))
+        if manifest.family == IMAGE_CLASSIFIER:
+            return LoadedModel(versions=_load_versions(entry, self._images.load))
+        if manifest.family == SPEECH_FAMILY:
+            return LoadedModel(versions=_load_versions(entry, self._speech.load))
+        if manifest.family == DIFFUSION_FAMILY:
+            return LoadedModel(versions=_load_versions(entry, self._diffusion.load))
+        raise ConfigError(f"models of the family {manifest.family} are not served", file=str(entry.path))
+
+    @contextmanager
+    def _host_memory(self, entry: ModelEntry, manifest: Manifest | None) -> Iterator[None]:
+        """Room for weights that the processor works on, while the block loads them: it would swap without.
+
+        Raises:
+            ConfigError: they do not fit into what is free.
+        """
+        is_on_cards = manifest.target != "cpu" if manifest is not None else num_gpus() > 0
+        versions = entry.versions[-1:] if manifest is not None and manifest.family == TEXT_FAMILY else entry.versions
+        num_bytes = 0 if is_on_cards else sum(_file_bytes(entry.version_path(version)) for version in versions)
+        share = self._host.take(entry.name, MemoryNeed(weights_bytes=num_bytes))
+        try:
+            yield
+        finally:
+            # Whatever is loaded now, the next measurement sees.
+            self._host.give_back(share)
 
     def _entry(self, name: str, override: ModelOverride | None) -> AbstractContextManager[ModelEntry]:
         """The model's folder and config, or what the caller brought in their place while the block runs."""
@@ -139,6 +167,10 @@ class ModelLoader:
     def _part(self, name: str, version: int | None) -> ServedModel:
         assert self._registry is not None
         return self._registry.part(name, version)
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 _Discardable = TensorModel | EnsembleModel | TaskTensorModel
