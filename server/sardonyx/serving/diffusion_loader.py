@@ -3,8 +3,6 @@
 Floor 4. Everything here blocks; the registry runs it in worker threads.
 """
 
-import logging
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,11 +13,9 @@ from sardonyx.metrics import Metrics
 from sardonyx.processing.prompt_tokens import PromptTokenizer
 from sardonyx.repository.diffusion_config import DiffusionModelOptions, diffusion_model_options
 from sardonyx.repository.families import Diffusion
-from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
-from sardonyx.repository.manifest import Manifest, all_files
+from sardonyx.repository.layout import ModelEntry
 from sardonyx.repository.scheduler_config import FILE_NAME, SchedulerConfig, read_scheduler_config
 from sardonyx.runners.diffusion import DiffusionRunner, DiffusionSessions
-from sardonyx.runtime.session import open_session
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.dispatch import EventDispatch
 from sardonyx.serving.entry import DIFFUSION_FAMILY
@@ -29,11 +25,9 @@ from sardonyx.serving.images import ImageLimits, ImageModel, ImageVersion
 from sardonyx.serving.loop_calls import LoopCalls
 from sardonyx.serving.picture_moderation import FindJudge, PictureModerator
 from sardonyx.serving.pool import WorkerPool
-from sardonyx.serving.status import unix_time
 from sardonyx.serving.task_tensors import TaskTensorModel
+from sardonyx.serving.version_files import VersionFiles, read_version
 from sardonyx.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 MAX_NUM_SEQS = 32
 """Pictures under way at once, where the operator's config does not say."""
@@ -74,19 +68,17 @@ class DiffusionLoader:
         Raises:
             ConfigError: a file is missing or wrong.
         """
-        started_s = time.monotonic()
-        name = entry.name
-        folder = entry.version_path(version)
-        manifest, diffusion = _read_manifest(folder)
-        check_files(folder, manifest, hashes=False)
+        files = read_version(entry, version, {DIFFUSION_FAMILY}, "image model")
+        name, diffusion = files.name, files.manifest.diffusion
+        assert diffusion is not None
         options = diffusion_model_options(entry.config, file=str(entry.config_path))
-        scheduler = _read_scheduler(folder)
+        scheduler = _read_scheduler(files.folder)
         tokenizers = [
-            PromptTokenizer(folder / encoder.tokenizer, encoder.max_tokens, encoder.pad_token_id)
+            PromptTokenizer(files.folder / encoder.tokenizer, encoder.max_tokens, encoder.pad_token_id)
             for encoder in diffusion.encoders
         ]
         with ExitStack() as undo:
-            runner = _open_runner(name, folder, manifest, diffusion)
+            runner = _open_runner(files, diffusion)
             undo.callback(runner.close)
             runner.warm_up()
             policy = DenoisePolicy(
@@ -100,33 +92,22 @@ class DiffusionLoader:
             dispatch.connect(engine)
             engine.start()
             undo.pop_all()
-        statistics = self._metrics.inference(name, version)
-        statistics.load_s = time.monotonic() - started_s
-        logger.info("%s: version %d loaded in %.2f s", name, version, statistics.load_s)
         calls = LoopCalls[ImageGeneration](
             name,
             engine,
             admission=self._admission,
             metrics=self._metrics.model(name),
-            statistics=statistics,
+            statistics=files.count_load(self._metrics),
         )
         task = ImageModel(
-            ImageVersion(name, diffusion, scheduler, tokenizers, "vae_encoder" in manifest.graphs),
+            ImageVersion(name, diffusion, scheduler, tokenizers, "vae_encoder" in files.manifest.graphs),
             calls,
             dispatch,
             pool=self._pool,
             limits=self._limits(options, diffusion),
             moderator=self._moderator(name, options),
         )
-        return TaskTensorModel(
-            task,
-            painter_face(task),
-            calls,
-            entry.config,
-            version=version,
-            created=unix_time(manifest.created) or int(folder.stat().st_mtime),
-            size_bytes=sum(each.size_bytes for each in all_files(manifest)),
-        )
+        return TaskTensorModel(task, painter_face(task), calls, entry.config, files)
 
     def _moderator(self, name: str, options: DiffusionModelOptions) -> PictureModerator | None:
         if options.moderator is None:
@@ -143,12 +124,9 @@ class DiffusionLoader:
         )
 
 
-def _open_runner(name: str, folder: Path, manifest: Manifest, diffusion: Diffusion) -> DiffusionRunner:
+def _open_runner(files: VersionFiles, diffusion: Diffusion) -> DiffusionRunner:
     with ExitStack() as undo:
-        sessions = {}
-        for role, graph in manifest.graphs.items():
-            sessions[role] = open_session(folder / graph.model.path, model_name=name)
-            undo.callback(sessions[role].close)
+        sessions = files.open_graphs(undo)
         parts = DiffusionSessions(
             encoders=[sessions[encoder.graph] for encoder in diffusion.encoders],
             unet=sessions["unet"],
@@ -167,12 +145,3 @@ def _read_scheduler(folder: Path) -> SchedulerConfig:
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from error
     return read_scheduler_config(data, file=str(path))
-
-
-def _read_manifest(folder: Path) -> tuple[Manifest, Diffusion]:
-    manifest = read_manifest(folder)
-    if manifest is None or manifest.family != DIFFUSION_FAMILY or manifest.diffusion is None:
-        raise ConfigError("is no image model: its manifest does not say so", file=str(folder))
-    if manifest.target != "cpu":
-        raise ConfigError(f"was exported for {manifest.target}; this server runs on the CPU", file=str(folder))
-    return manifest, manifest.diffusion

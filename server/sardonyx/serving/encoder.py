@@ -30,7 +30,6 @@ class EncoderVersion(msgspec.Struct, frozen=True, kw_only=True):
     """What a version folder and the operator's config say about an encoder model."""
 
     name: str
-    version: int
     tokenizer: EncoderTokenizer
     vocab_size: int
     """Ids from 0 up to this are the model's."""
@@ -38,8 +37,6 @@ class EncoderVersion(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of a row at most, special ones among them."""
     truncates: bool = False
     """Texts that are too long are cut where a request does not say."""
-    created: int = 0
-    size_bytes: int = 0
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,10 +3,7 @@
 Floor 4. Everything here blocks; the registry runs it in worker threads.
 """
 
-import logging
-import time
 from contextlib import ExitStack
-from pathlib import Path
 
 from sardonyx.engine.instances import InstanceLoop
 from sardonyx.engine.token_budget import TokenBudgetOptions, TokenBudgetPolicy
@@ -15,12 +12,11 @@ from sardonyx.metrics import Metrics
 from sardonyx.processing.encoder_tokenizer import EncoderTokenizer
 from sardonyx.processing.tokenizer import TOKENIZER_FILE
 from sardonyx.repository.encoder_config import EncoderOptions, encoder_options
-from sardonyx.repository.families import Encoder
-from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
-from sardonyx.repository.manifest import Manifest, all_files
+from sardonyx.repository.layout import ModelEntry
+from sardonyx.repository.manifest import Manifest
 from sardonyx.runners.encoder import EncoderGraphs, EncoderRunner
 from sardonyx.runtime.priority import in_modest_thread
-from sardonyx.runtime.session import SessionConfig, open_session
+from sardonyx.runtime.session import SessionConfig
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.classifier import TextClassifier
 from sardonyx.serving.embeddings import EmbeddingModel
@@ -31,13 +27,11 @@ from sardonyx.serving.event_inbox import EventInbox
 from sardonyx.serving.item_calls import ItemCalls
 from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.reranker import RerankerModel
-from sardonyx.serving.status import unix_time
 from sardonyx.serving.task_tensors import Face, TaskTensorModel
 from sardonyx.serving.tasks import CategoryRule
 from sardonyx.serving.tensor_sessions import MAX_WIDE_BYTES
+from sardonyx.serving.version_files import VersionFiles, read_version
 from sardonyx.settings import Settings, usable_cores
-
-logger = logging.getLogger(__name__)
 
 NUM_EXPRESS = 1
 """Instances that are kept for short requests: they share the session, and its threads, of the others."""
@@ -65,39 +59,25 @@ class EncoderLoader:
         Raises:
             ConfigError: a file is missing or wrong, or config, manifest, tokenizer and graph do not suit each other.
         """
-        started_s = time.monotonic()
         file = str(entry.config_path)
-        folder = entry.version_path(version)
-        manifest, encoder = _read_manifest(folder)
-        check_files(folder, manifest, hashes=False)
+        files = read_version(entry, version, ENCODER_FAMILIES, "encoder model")
         options = encoder_options(entry.config, file=file)
-        moderation = moderation_rules(manifest, options, file=file)
-        facts = _facts(entry.name, folder, manifest, encoder, options, file)
+        moderation = moderation_rules(files.manifest, options, file=file)
+        facts = _facts(files, options, file)
         inbox = EventInbox()
         with ExitStack() as undo:
-            loop = self._open_loop(folder, manifest, facts, options, inbox, undo)
+            loop = self._open_loop(files, options, inbox, undo)
             undo.pop_all()
-        statistics = self._metrics.inference(entry.name, version)
         calls = ItemCalls(
             entry.name,
             loop,
             inbox,
-            statistics,
+            files.count_load(self._metrics),
             admission=self._admission,
             timeout_s=self._settings.request_timeout_s,
         )
-        task, face = self._task(facts, calls, manifest, options, moderation)
-        statistics.load_s = time.monotonic() - started_s
-        logger.info("%s: version %d loaded in %.2f s", entry.name, version, statistics.load_s)
-        return TaskTensorModel(
-            task,
-            face,
-            calls,
-            entry.config,
-            version=version,
-            created=facts.created,
-            size_bytes=facts.size_bytes,
-        )
+        task, face = self._task(facts, calls, files.manifest, options, moderation)
+        return TaskTensorModel(task, face, calls, entry.config, files)
 
     def _task(
         self,
@@ -127,13 +107,7 @@ class EncoderLoader:
         return classifier, classifier_face(classifier)
 
     def _open_loop(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        facts: EncoderVersion,
-        options: EncoderOptions,
-        inbox: EventInbox,
-        undo: ExitStack,
+        self, files: VersionFiles, options: EncoderOptions, inbox: EventInbox, undo: ExitStack
     ) -> InstanceLoop:
         """Instances that run; `undo` closes what was opened until then.
 
@@ -141,26 +115,23 @@ class EncoderLoader:
         its threads, and runs that are alone have a session with all of them. All but the express instance leave the
         processor to others, so that a short call is soon through, and so is the event loop.
         """
-        assert manifest.encoder is not None
+        encoder = files.manifest.encoder
+        assert encoder is not None
         num_instances = options.num_instances or min(2, self._num_threads)
 
         def open_all(num_threads: int) -> EncoderGraphs:
-            opened = {}
-            for role, graph in manifest.graphs.items():
-                config = SessionConfig(num_threads=num_threads)
-                opened[role] = open_session(folder / graph.model.path, model_name=facts.name, config=config)
-                undo.callback(opened[role].close)
+            opened = files.open_graphs(undo, SessionConfig(num_threads=num_threads))
             return EncoderGraphs(opened["encoder"], opened.get("head"))
 
         shared = open_all(max(1, self._num_threads // num_instances))
-        runner = EncoderRunner([shared] * (num_instances + NUM_EXPRESS), manifest.encoder)
-        if num_instances > 1 and self._num_threads > 1 and facts.size_bytes <= MAX_WIDE_BYTES:
+        runner = EncoderRunner([shared] * (num_instances + NUM_EXPRESS), encoder)
+        if num_instances > 1 and self._num_threads > 1 and files.size_bytes <= MAX_WIDE_BYTES:
             # Its threads have the priority of those who open it.
             runner.use_alone(in_modest_thread(lambda: open_all(self._num_threads)))
         runner.warm_up()
-        policy = TokenBudgetPolicy(facts.name, self._policy_options(options, num_instances))
+        policy = TokenBudgetPolicy(files.name, self._policy_options(options, num_instances))
         loop = InstanceLoop(
-            facts.name,
+            files.name,
             policy,
             runner,
             inbox.deliver,
@@ -197,23 +168,14 @@ def moderation_rules(manifest: Manifest, options: EncoderOptions, *, file: str) 
     return {label: [CategoryRule(*rule) for rule in rules] for label, rules in options.moderation.items()}
 
 
-def _read_manifest(folder: Path) -> tuple[Manifest, Encoder]:
-    manifest = read_manifest(folder)
-    if manifest is None or manifest.family not in ENCODER_FAMILIES or manifest.encoder is None:
-        raise ConfigError("is no encoder model: its manifest does not say so", file=str(folder))
-    if manifest.target != "cpu":
-        raise ConfigError(f"was exported for {manifest.target}; this server runs on the CPU", file=str(folder))
-    return manifest, manifest.encoder
-
-
-def _facts(
-    name: str, folder: Path, manifest: Manifest, encoder: Encoder, options: EncoderOptions, file: str
-) -> EncoderVersion:
-    tokenizer = EncoderTokenizer.load(folder)
+def _facts(files: VersionFiles, options: EncoderOptions, file: str) -> EncoderVersion:
+    encoder = files.manifest.encoder
+    assert encoder is not None
+    tokenizer = EncoderTokenizer.load(files.folder)
     if tokenizer.vocab_size > encoder.vocab_size:
         raise ConfigError(
             f"has ids up to {tokenizer.vocab_size - 1:,}; the graph was built for {encoder.vocab_size:,} tokens",
-            file=str(folder / TOKENIZER_FILE),
+            file=str(files.folder / TOKENIZER_FILE),
         )
     max_model_len = min(options.max_model_len or encoder.max_model_len, encoder.max_model_len)
     if max_model_len <= tokenizer.num_special_tokens:
@@ -223,12 +185,9 @@ def _facts(
             field="parameters['max_model_len']",
         )
     return EncoderVersion(
-        name=name,
-        version=int(folder.name),
+        name=files.name,
         tokenizer=tokenizer,
         vocab_size=encoder.vocab_size,
         max_model_len=max_model_len,
         truncates=options.truncate,
-        created=unix_time(manifest.created) or int(folder.stat().st_mtime),
-        size_bytes=sum(each.size_bytes for each in all_files(manifest)),
     )

@@ -3,10 +3,7 @@
 Floor 4. Everything here blocks; the registry runs it in worker threads.
 """
 
-import logging
-import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import msgspec
 from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -17,10 +14,9 @@ from sardonyx.errors import ConfigError
 from sardonyx.metrics import Metrics
 from sardonyx.repository.encoder_config import EncoderOptions, encoder_options
 from sardonyx.repository.families import ImageInput, Labels
-from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
-from sardonyx.repository.manifest import Manifest, all_files
+from sardonyx.repository.layout import ModelEntry
 from sardonyx.runners.images import ImageClassifierRunner
-from sardonyx.runtime.session import SessionConfig, open_session
+from sardonyx.runtime.session import SessionConfig
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.encoder_loader import moderation_rules
 from sardonyx.serving.encoder_tensors import image_face
@@ -29,11 +25,9 @@ from sardonyx.serving.event_inbox import EventInbox
 from sardonyx.serving.image_classifier import ImageClassifier
 from sardonyx.serving.item_calls import ItemCalls
 from sardonyx.serving.pool import WorkerPool
-from sardonyx.serving.status import unix_time
 from sardonyx.serving.task_tensors import TaskTensorModel
+from sardonyx.serving.version_files import VersionFiles, read_version
 from sardonyx.settings import Settings, usable_cores
-
-logger = logging.getLogger(__name__)
 
 MAX_STEP_IMAGES = 8
 """Pictures of a step, where the operator's config does not say."""
@@ -67,72 +61,60 @@ class ImageClassifierLoader:
         Raises:
             ConfigError: a file is missing or wrong, or config, manifest and graph do not suit each other.
         """
-        started_s = time.monotonic()
         file = str(entry.config_path)
-        folder = entry.version_path(version)
-        manifest, image, labels = _read_manifest(folder)
-        check_files(folder, manifest, hashes=False)
+        files = read_version(entry, version, {IMAGE_CLASSIFIER}, "image classifier")
+        image, labels = _facts(files)
         options = _options(entry.config, file)
-        moderation = moderation_rules(manifest, options, file=file)
+        moderation = moderation_rules(files.manifest, options, file=file)
         inbox = EventInbox()
-        loop = self._open_loop(entry.name, folder / manifest.graphs["model"].model.path, image, labels, options, inbox)
-        statistics = self._metrics.inference(entry.name, version)
+        loop = self._open_loop(files, image, labels, options, inbox)
         calls = ItemCalls(
             entry.name,
             loop,
             inbox,
-            statistics,
+            files.count_load(self._metrics),
             admission=self._admission,
             timeout_s=self._settings.request_timeout_s,
         )
         task = ImageClassifier(entry.name, calls, self._pool, image=image, labels=labels, moderation=moderation)
-        statistics.load_s = time.monotonic() - started_s
-        logger.info("%s: version %d loaded in %.2f s", entry.name, version, statistics.load_s)
-        return TaskTensorModel(
-            task,
-            image_face(task, max_batch_size=MAX_CALL_IMAGES),
-            calls,
-            entry.config,
-            version=version,
-            created=unix_time(manifest.created) or int(folder.stat().st_mtime),
-            size_bytes=sum(each.size_bytes for each in all_files(manifest)),
-        )
+        face = image_face(task, max_batch_size=MAX_CALL_IMAGES)
+        return TaskTensorModel(task, face, calls, entry.config, files)
 
     def _open_loop(
-        self, name: str, path: Path, image: ImageInput, labels: Labels, options: EncoderOptions, inbox: EventInbox
+        self, files: VersionFiles, image: ImageInput, labels: Labels, options: EncoderOptions, inbox: EventInbox
     ) -> InstanceLoop:
         """Instances that run. They share a session and divide the threads; one has all, for convolutions use them."""
         num_instances = options.num_instances or 1
         config = SessionConfig(num_threads=max(1, self._num_threads // num_instances))
         with ExitStack() as undo:
-            session = open_session(path, model_name=name, config=config)
-            undo.callback(session.close)
+            session = files.open_graphs(undo, config)["model"]
             runner = ImageClassifierRunner([session] * num_instances, image, len(labels.names))
             runner.warm_up()
             undo.pop_all()
         max_batch_size = options.max_batch_size or MAX_STEP_IMAGES
-        policy = DynamicPolicy(name, DynamicOptions(max_batch_size=max_batch_size, is_batching=True))
+        policy = DynamicPolicy(files.name, DynamicOptions(max_batch_size=max_batch_size, is_batching=True))
         # A processor is not lost for good: where steps fail, the loop goes on.
-        loop = InstanceLoop(name, policy, runner, inbox.deliver, num_instances=num_instances, max_failed_steps=None)
+        loop = InstanceLoop(
+            files.name, policy, runner, inbox.deliver, num_instances=num_instances, max_failed_steps=None
+        )
         loop.start()
         return loop
 
 
-def _read_manifest(folder: Path) -> tuple[Manifest, ImageInput, Labels]:
-    manifest = read_manifest(folder)
-    if manifest is None or manifest.family != IMAGE_CLASSIFIER or manifest.image is None or manifest.labels is None:
-        raise ConfigError("is no image classifier: its manifest does not say so", file=str(folder))
-    if manifest.target != "cpu":
-        raise ConfigError(f"was exported for {manifest.target}; this server runs on the CPU", file=str(folder))
-    image = manifest.image
+def _facts(files: VersionFiles) -> tuple[ImageInput, Labels]:
+    image, labels = files.manifest.image, files.manifest.labels
+    assert image is not None
+    assert labels is not None
     least = image.resize if len(image.resize) == 2 else image.resize * 2
     if image.crop[0] > least[0] or image.crop[1] > least[1]:
         raise ConfigError(
-            f"is {image.crop}; resized pictures may have no more than {least}", file=str(folder), field="image.crop"
+            f"is {image.crop}; resized pictures may have no more than {least}",
+            file=str(files.folder),
+            field="image.crop",
         )
     if 0 in image.std:
-        raise ConfigError("has a 0, by which numbers would be divided", file=str(folder), field="image.std")
-    return manifest, image, manifest.labels
+        raise ConfigError("has a 0, by which numbers would be divided", file=str(files.folder), field="image.std")
+    return image, labels
 
 
 def _options(config: ModelConfig, file: str) -> EncoderOptions:

@@ -4,9 +4,7 @@ Floor 4. Everything here blocks; the registry runs it in worker threads.
 """
 
 import logging
-import time
 from contextlib import ExitStack
-from pathlib import Path
 
 from sardonyx.engine.loop import StepLoop
 from sardonyx.engine.speech import SpeechOptions, SpeechPolicy
@@ -16,11 +14,9 @@ from sardonyx.processing.log_mel import WINDOW_FRAMES
 from sardonyx.processing.tokenizer import Tokenizer
 from sardonyx.processing.whisper_tokens import WhisperTokens
 from sardonyx.repository.families import Whisper
-from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
-from sardonyx.repository.manifest import Manifest, all_files
+from sardonyx.repository.layout import ModelEntry
 from sardonyx.repository.speech_config import SpeechModelOptions, speech_model_options
 from sardonyx.runners.whisper import WhisperRunner, WhisperSessions, slot_bytes
-from sardonyx.runtime.session import open_session
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.dispatch import EventDispatch
 from sardonyx.serving.entry import SPEECH_FAMILY
@@ -31,9 +27,9 @@ from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.speech import SpeechLimits, SpeechModel
 from sardonyx.serving.speech_requests import SpeechRequests
 from sardonyx.serving.speech_tensors import speech_face
-from sardonyx.serving.status import unix_time
 from sardonyx.serving.task_tensors import TaskTensorModel
 from sardonyx.serving.transcription import SpeechRuntime, Transcription
+from sardonyx.serving.version_files import VersionFiles, read_version
 from sardonyx.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -71,17 +67,14 @@ class SpeechLoader:
         Raises:
             ConfigError: a file is missing or wrong, or one window does not fit the memory budget.
         """
-        started_s = time.monotonic()
-        name = entry.name
-        folder = entry.version_path(version)
-        manifest, whisper = _read_manifest(folder)
-        check_files(folder, manifest, hashes=False)
+        files = read_version(entry, version, {SPEECH_FAMILY}, "speech model")
+        name, whisper = files.name, _facts(files)
         options = speech_model_options(entry.config, file=str(entry.config_path))
-        tokens = WhisperTokens(Tokenizer.load(folder), whisper)
+        tokens = WhisperTokens(Tokenizer.load(files.folder), whisper)
         with ExitStack() as undo:
             share, num_slots = self._take_memory(name, options, slot_bytes(whisper))
             undo.callback(self._budget.give_back, share)
-            runner = _open_runner(name, folder, manifest, whisper, num_slots)
+            runner = _open_runner(files, whisper, num_slots)
             undo.callback(runner.close)
             runner.warm_up()
             dispatch = EventDispatch()
@@ -96,9 +89,6 @@ class SpeechLoader:
             undo.pop_all()
         metrics = self._metrics.model(name)
         metrics.set_cache_info(block_size=whisper.max_model_len, num_blocks=num_slots)
-        statistics = self._metrics.inference(name, version)
-        statistics.load_s = time.monotonic() - started_s
-        logger.info("%s: version %d loaded in %.2f s", name, version, statistics.load_s)
         requests = SpeechRequests(
             dispatch,
             whisper,
@@ -117,20 +107,12 @@ class SpeechLoader:
             engine,
             admission=self._admission,
             metrics=metrics,
-            statistics=statistics,
+            statistics=files.count_load(self._metrics),
             on_close=lambda: self._budget.give_back(share),
         )
         limits = SpeechLimits(max_audio_s=self._settings.max_audio_s, timeout_s=self._settings.request_timeout_s)
         task = SpeechModel(runtime, whisper, calls, limits)
-        return TaskTensorModel(
-            task,
-            speech_face(task),
-            calls,
-            entry.config,
-            version=version,
-            created=unix_time(manifest.created) or int(folder.stat().st_mtime),
-            size_bytes=sum(each.size_bytes for each in all_files(manifest)),
-        )
+        return TaskTensorModel(task, speech_face(task), calls, entry.config, files)
 
     def _take_memory(self, name: str, options: SpeechModelOptions, bytes_each: int) -> tuple[KvShare, int]:
         """A share of the budget, and how many windows it holds; a line in the log says so."""
@@ -154,26 +136,20 @@ class SpeechLoader:
         return share, num_slots
 
 
-def _open_runner(name: str, folder: Path, manifest: Manifest, whisper: Whisper, num_slots: int) -> WhisperRunner:
+def _facts(files: VersionFiles) -> Whisper:
+    whisper = files.manifest.whisper
+    assert whisper is not None
+    if whisper.num_frames != WINDOW_FRAMES:
+        raise ConfigError(
+            f"takes windows of {whisper.num_frames} frames; Whisper's have {WINDOW_FRAMES}", file=str(files.folder)
+        )
+    return whisper
+
+
+def _open_runner(files: VersionFiles, whisper: Whisper, num_slots: int) -> WhisperRunner:
     with ExitStack() as undo:
-        sessions = {}
-        for role, graph in manifest.graphs.items():
-            sessions[role] = open_session(folder / graph.model.path, model_name=name)
-            undo.callback(sessions[role].close)
+        sessions = files.open_graphs(undo)
         parts = WhisperSessions(sessions["encoder"], sessions["decoder"], sessions.get("aligner"))
         runner = WhisperRunner(parts, whisper, num_slots)
         undo.pop_all()
     return runner
-
-
-def _read_manifest(folder: Path) -> tuple[Manifest, Whisper]:
-    manifest = read_manifest(folder)
-    if manifest is None or manifest.family != SPEECH_FAMILY or manifest.whisper is None:
-        raise ConfigError("is no speech model: its manifest does not say so", file=str(folder))
-    if manifest.target != "cpu":
-        raise ConfigError(f"was exported for {manifest.target}; this server runs on the CPU", file=str(folder))
-    if manifest.whisper.num_frames != WINDOW_FRAMES:
-        raise ConfigError(
-            f"takes windows of {manifest.whisper.num_frames} frames; Whisper's have {WINDOW_FRAMES}", file=str(folder)
-        )
-    return manifest, manifest.whisper

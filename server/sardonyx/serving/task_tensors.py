@@ -15,6 +15,7 @@ from sardonyx.repository.config import BACKEND, PLATFORM
 from sardonyx.serving.served import InferAnswer, InferCall
 from sardonyx.serving.strings import has_many
 from sardonyx.serving.tensor_checks import BoundCall, TensorSignature
+from sardonyx.serving.version_files import VersionFiles
 from sardonyx.statistics import InferenceStatistics
 from sardonyx.tensors import Parameter, Tensor, TensorMetadata
 
@@ -59,30 +60,18 @@ class TaskTensorModel:
         face: of the task.
         calls: the task's.
         config: what the operator wrote, completed here.
-        version: of the model.
-        created: Unix time.
-        size_bytes: of its files.
+        files: of the version.
     """
 
     is_decoupled = False
 
-    def __init__(
-        self,
-        task: object,
-        face: Face,
-        calls: Calls,
-        config: ModelConfig,
-        *,
-        version: int,
-        created: int = 0,
-        size_bytes: int = 0,
-    ) -> None:
+    def __init__(self, task: object, face: Face, calls: Calls, config: ModelConfig, files: VersionFiles) -> None:
         self.task = task
         self.calls = calls
         self.name = calls.name
-        self.version = version
-        self.created = created
-        self.size_bytes = size_bytes
+        self.version = files.version
+        self.created = files.created
+        self.size_bytes = files.size_bytes
         self.inputs = face.inputs
         self.outputs = face.outputs
         self.config = completed(config, face.inputs, face.outputs, max_batch_size=face.max_batch_size)
