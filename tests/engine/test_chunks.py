@@ -3,14 +3,12 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sardonyx.core import Request, Sequence
-from sardonyx.engine.chunks import ChunkLimits, divide_chunks
+from sardonyx.engine.chunks import ChunkLimits, Prefill, divide_chunks
 from sardonyx.engine.step_cost import StepCost, StepLoad
 
 
-def prompt(num_tokens: int, num_computed: int = 0) -> Sequence:
-    request = Request(id="any", prompt_ids=[0] * num_tokens)
-    return Sequence(request, 0, 0.0, token_ids=[0] * num_tokens, num_computed_tokens=num_computed)
+def prompt(num_tokens: int, num_computed: int = 0) -> Prefill:
+    return Prefill(num_computed, num_tokens - num_computed)
 
 
 def limits(**changes: float) -> ChunkLimits:
@@ -81,11 +79,9 @@ def test_limits_hold_and_the_oldest_advances(sizes, max_chunk_tokens, max_tokens
     cost = millisecond_a_token() if is_known else StepCost()
     given_limits = ChunkLimits(max_chunk_tokens, max_tokens, max_s, min_tokens, guard)
     chunks = divide_chunks(prompts, given_limits, cost)
-    assert all(
-        0 <= chunk <= min(max_chunk_tokens, p.num_pending_tokens) for p, chunk in zip(prompts, chunks, strict=True)
-    )
+    assert all(0 <= chunk <= min(max_chunk_tokens, p.num_pending) for p, chunk in zip(prompts, chunks, strict=True))
     assert sum(chunks) <= max_tokens
-    wanted = min(prompts[0].num_pending_tokens, max_chunk_tokens, max_tokens)
+    wanted = min(prompts[0].num_pending, max_chunk_tokens, max_tokens)
     assert chunks[0] >= min(max(1, guard), wanted)
     if len(prompts) == 1:
         assert chunks[0] >= min(min_tokens, wanted)

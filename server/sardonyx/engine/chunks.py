@@ -1,14 +1,23 @@
 """How the prompts that are being prefilled share what a step has left beside its decodes. Floor 3."""
 
-import collections.abc
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from sardonyx.core import Sequence
 from sardonyx.engine.step_cost import StepCost
 
 _OLDEST_SHARE = 4
 """One part in so many belongs to the oldest prompt."""
+
+
+class Prefill(NamedTuple):
+    """A prompt as a step finds it."""
+
+    num_past: int
+    """Tokens that are in the cache."""
+    num_pending: int
+    """Tokens to go."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -27,7 +36,7 @@ class ChunkLimits:
     """The oldest at least, whatever `max_s` says: its guard."""
 
 
-def divide_chunks(sequences: collections.abc.Sequence[Sequence], limits: ChunkLimits, cost: StepCost) -> list[int]:
+def divide_chunks(prompts: Sequence[Prefill], limits: ChunkLimits, cost: StepCost) -> list[int]:
     """Decide how many tokens of each prompt this step computes.
 
     A quarter of the step's room, and at least one token, is the oldest prompt's. The rest goes to the prompt with the
@@ -36,22 +45,21 @@ def divide_chunks(sequences: collections.abc.Sequence[Sequence], limits: ChunkLi
     oldest, none waits for ever.
 
     Args:
-        sequences: prompts in prefill, oldest first; not empty.
+        prompts: in prefill, oldest first; not empty.
         limits: the room. `min_tokens` and `min_oldest_tokens` may go beyond `max_s`, nothing beyond the other two.
         cost: what a chunk costs after so many cached tokens.
 
     Returns:
-        Tokens by sequence; 0 where it has to sit this step out.
+        Tokens by prompt; 0 where it has to sit this step out.
     """
-    oldest = sequences[0]
-    num_past = oldest.num_computed_tokens
+    num_past = prompts[0].num_past
     max_tokens, max_s = limits.max_tokens, limits.max_s
     if cost.max_chunk_tokens(num_past, max_s) < limits.min_tokens:
         max_tokens, max_s = min(max_tokens, limits.min_tokens), math.inf
-    chunks = [0] * len(sequences)
+    chunks = [0] * len(prompts)
 
     def room(i: int) -> int:
-        return min(sequences[i].num_pending_tokens, limits.max_chunk_tokens) - chunks[i]
+        return min(prompts[i].num_pending, limits.max_chunk_tokens) - chunks[i]
 
     share, share_s = max(1, max_tokens // _OLDEST_SHARE), max_s / _OLDEST_SHARE
     chunk = max(1, min(share, cost.max_chunk_tokens(num_past, share_s)), limits.min_oldest_tokens)
@@ -61,8 +69,8 @@ def divide_chunks(sequences: collections.abc.Sequence[Sequence], limits: ChunkLi
     past_share_s = max(0.0, cost.chunk_s(num_past, chunks[0]) - share_s)
     num_left = max_tokens - chunks[0] + past_share
     left_s = max_s - cost.chunk_s(num_past, chunks[0]) + past_share_s
-    for i in sorted(range(len(sequences)), key=lambda i: sequences[i].num_pending_tokens):
-        num_past = sequences[i].num_computed_tokens + chunks[i]
+    for i in sorted(range(len(prompts)), key=lambda i: prompts[i].num_pending):
+        num_past = prompts[i].num_past + chunks[i]
         is_oldest = i == 0
         num_more = min(
             room(i),

@@ -5,6 +5,8 @@ Floor 3. Decides what a step computes and what its outcome means for each sequen
 """
 
 import math
+from collections import deque
+from typing import Any
 
 import msgspec
 
@@ -16,12 +18,16 @@ from sardonyx.core import (
     RunnerLimits,
     Sequence,
     SequenceEvent,
+    SequenceState,
+    SlotCopy,
     StepOutput,
     TokenLogprobs,
 )
-from sardonyx.engine.chunks import ChunkLimits, divide_chunks
+from sardonyx.engine.chunks import ChunkLimits, Prefill, divide_chunks
 from sardonyx.engine.deadlines import Deadlines
+from sardonyx.engine.paged_roster import PagedRoster
 from sardonyx.engine.roster import Roster
+from sardonyx.engine.slot_roster import SlotRoster
 from sardonyx.engine.stats import PolicyStats
 from sardonyx.engine.step_cost import StepCost, StepLoad
 from sardonyx.errors import ConfigError, ContextLengthExceeded, InvalidRequest
@@ -45,11 +51,14 @@ class ContinuousOptions(msgspec.Struct, frozen=True, kw_only=True):
     """At least, and within the runner's limit. 32 tokens after 4,000 take SmolLM2-135M 0.1 to 0.2 s on two cores."""
     kv_budget_tokens: int | None = None
     """Tokens that may be cached at once in all slots, at least those of one sequence of `max_model_len`; see
-    `sardonyx.engine.roster`. ``None``: as many as the slots hold."""
+    `sardonyx.engine.slot_roster`. ``None``: as many as the slots hold, and the only choice where there are blocks."""
+
+
+_NO_ROW: tuple[int, BatchRow | None] = (-1, None)
 
 
 class ContinuousPolicy:
-    """Continuous batching over a pool of slots; a `sardonyx.engine.loop.Policy`.
+    """Continuous batching over slots or blocks; a `sardonyx.engine.loop.Policy`, and for blocks an `AheadPolicy`.
 
     Args:
         limits: the runner's.
@@ -65,12 +74,16 @@ class ContinuousPolicy:
         _check_options(options, limits, max_num_seqs)
         self._limits = limits
         self._options = options
-        self._roster = Roster(limits, max_num_seqs, options.kv_budget_tokens)
+        self._roster: Roster[Any] = (  # what it matches prompts with is its own business
+            PagedRoster(limits, max_num_seqs)
+            if limits.block_size
+            else SlotRoster(limits, max_num_seqs, options.kv_budget_tokens)
+        )
         self._deadlines = Deadlines(self._roster.get)
         self._events: list[SequenceEvent] = []
         self._cost = StepCost()
-        self._load = StepLoad()
-        self._scheduled_s = 0.0
+        self._scheduled: deque[tuple[StepLoad, float]] = deque()
+        self._updated_s = -math.inf
         self._generated_tokens = 0
 
     def check(self, request: Request) -> None:
@@ -95,7 +108,7 @@ class ContinuousPolicy:
         self._deadlines.add(sequence.request)
 
     def abort(self, request_id: str) -> None:
-        """End a sequence as CANCELLED and free its slot. Unknown and ended ones are ignored."""
+        """End a sequence as CANCELLED and free its part of the cache. Unknown and ended ones are ignored."""
         sequence = self._roster.get(request_id)
         if sequence is not None:
             self._end(sequence, FinishReason.CANCELLED)
@@ -113,32 +126,89 @@ class ContinuousPolicy:
         Returns:
             A batch of at least one row that respects `RunnerLimits`; `update` or `fail` must follow.
         """
-        self._scheduled_s = now_s
+        self._end_late(now_s)
+        copies = self._roster.settle(now_s)
+        return self._make_batch(now_s, {}, copies)
+
+    def schedule_ahead(self, batch: Batch, now_s: float) -> Batch | None:
+        """Choose what the step behind `batch` computes, which is out and whose outcome is not known.
+
+        As `schedule`, but for sequences that `batch` certainly ends: they have no row. One that it ends unforeseen, by
+        a stop token or a failure, has a row in the step ahead that comes to nothing, as has one that is aborted or late
+        while a step is out. It ends at once, `PagedRoster` says why its blocks may go to others, and `update` passes
+        over its row. Nobody is preempted: where blocks are short there is no step ahead, and `schedule` sorts it out.
+
+        Args:
+            batch: the last one scheduled; the only one that is out.
+            now_s: as for `schedule`.
+
+        Returns:
+            A batch to launch before `update` or `fail` is called for `batch`, or ``None``: do that first. Both calls
+            come in the order in which batches were scheduled.
+        """
+        self._end_late(now_s)
+        out = {
+            row.sequence.request.id: (index, row)
+            for index, row in enumerate(batch.rows)
+            if row.sequence.state is SequenceState.RUNNING
+        }
+        num_out = {request_id: row.num_new_tokens for request_id, (_, row) in out.items()}
+        growing = [row.sequence for _, row in out.values() if row.is_sampled and not self._is_last(row.sequence)]
+        if not self._roster.settle_ahead(now_s, num_out, growing):
+            return None
+        return self._make_batch(now_s, out, [])
+
+    def _end_late(self, now_s: float) -> None:
         for sequence, what in self._deadlines.late(now_s):
             self._end(sequence, FinishReason.CANCELLED, what)
-        copies = self._roster.settle(now_s)
-        rows = self._choose_rows(now_s)
-        return Batch(rows, copies) if rows else None
 
-    def _choose_rows(self, now_s: float) -> list[BatchRow]:
-        rows, prompts, num_past = [], [], 0
-        for sequence in self._roster.running:
-            if sequence.num_pending_tokens == 1:
-                rows.append(BatchRow(sequence, 1))
-                num_past += sequence.num_computed_tokens
-            else:
-                prompts.append(sequence)
-        self._load = StepLoad(num_decode_past=num_past, num_decode_rows=len(rows))
+    def _is_last(self, sequence: Sequence) -> bool:
+        """Whatever token comes next, it is the sequence's last."""
+        is_long = len(sequence.token_ids) + 1 >= self._limits.max_model_len
+        return is_long or sequence.num_completion_tokens + 1 >= sequence.request.max_tokens
+
+    def _make_batch(self, now_s: float, out: dict[str, tuple[int, BatchRow]], copies: list[SlotCopy]) -> Batch | None:
+        """The next step; `out` has the rows of the step before it by request, where that is out, with their places."""
+        load = StepLoad()
+        rows, prompts = self._choose_decodes(out, load)
         if prompts:
-            limits = self._chunk_limits(prompts[0].arrival_s, now_s)
-            for sequence, chunk in zip(prompts, divide_chunks(prompts, limits, self._cost), strict=True):
+            limits = self._chunk_limits(prompts[0][0].arrival_s, now_s, load)
+            prefills = [
+                Prefill(each.num_computed_tokens + ahead, each.num_pending_tokens - ahead) for each, ahead in prompts
+            ]
+            for (sequence, num_ahead), chunk in zip(prompts, divide_chunks(prefills, limits, self._cost), strict=True):
                 if chunk:
-                    rows.append(BatchRow(sequence, chunk))
-                    self._load.add_chunk(sequence.num_computed_tokens, chunk)
-        return rows
+                    row = BatchRow(sequence, chunk, num_ahead)
+                    rows.append(row)
+                    load.add_chunk(row.num_past, chunk)
+        if not rows:
+            return None
+        self._scheduled.append((load, now_s))
+        return Batch(rows, copies)
 
-    def _chunk_limits(self, oldest_arrival_s: float, now_s: float) -> ChunkLimits:
-        options, decodes = self._options, self._load
+    def _choose_decodes(
+        self, out: dict[str, tuple[int, BatchRow]], load: StepLoad
+    ) -> tuple[list[BatchRow], list[tuple[Sequence, int]]]:
+        """Rows for all with one token to go, and who has more, with its tokens that are on their way."""
+        rows: list[BatchRow] = []
+        prompts: list[tuple[Sequence, int]] = []
+        for sequence in self._roster.running:
+            index, before = out.get(sequence.request.id, _NO_ROW)
+            num_ahead = before.num_new_tokens if before is not None else 0
+            if before is not None and before.is_sampled:
+                if self._is_last(sequence):
+                    continue
+                rows.append(BatchRow(sequence, 1, num_ahead, index))
+            elif sequence.num_pending_tokens - num_ahead == 1:
+                rows.append(BatchRow(sequence, 1, num_ahead))
+            else:
+                prompts.append((sequence, num_ahead))
+        load.num_decode_rows = len(rows)
+        load.num_decode_past = sum(row.num_past for row in rows)
+        return rows, prompts
+
+    def _chunk_limits(self, oldest_arrival_s: float, now_s: float, decodes: StepLoad) -> ChunkLimits:
+        options = self._options
         is_overdue = now_s - oldest_arrival_s > options.prefill_guard_s
         left_s = max(0.0, options.max_step_ms / 1e3 - self._cost.predict(decodes))
         return ChunkLimits(
@@ -150,18 +220,22 @@ class ContinuousPolicy:
         )
 
     def update(self, batch: Batch, output: StepOutput, now_s: float) -> None:
-        """Take in what the runner made of the last batch."""
-        self._cost.observe(self._load, now_s - self._scheduled_s)
+        """Take in what the runner made of the oldest batch that is out."""
+        load, start_s = self._scheduled.popleft()
+        self._cost.observe(load, now_s - max(start_s, self._updated_s))
+        self._updated_s = now_s
         answers = zip(batch.rows, output.token_ids, output.logprobs, output.prompt_logprobs, strict=True)
         for index, (row, token_id, logprobs, prompt_logprobs) in enumerate(answers):
-            sequence, is_sampled = row.sequence, row.is_sampled
+            sequence = row.sequence
+            if sequence.state is SequenceState.FINISHED:
+                continue
             if index in output.failed:
                 self._end(sequence, FinishReason.ERROR, output.failed[index], is_valid=False)
                 continue
             self._roster.advance(sequence, row.num_new_tokens)
             if not sequence.num_completion_tokens:
                 sequence.prompt_logprobs += prompt_logprobs
-            if is_sampled:
+            if row.is_sampled:
                 self._extend(sequence, token_id, logprobs)
 
     def _extend(self, sequence: Sequence, token_id: int | None, logprobs: TokenLogprobs | None) -> None:
@@ -193,8 +267,10 @@ class ContinuousPolicy:
 
     def fail(self, batch: Batch, error: str) -> None:
         """The step failed as a whole: its sequences end with ERROR, and nothing that it wrote is used again."""
+        self._scheduled.popleft()
         for row in batch.rows:
-            self._end(row.sequence, FinishReason.ERROR, error, is_valid=False)
+            if row.sequence.state is not SequenceState.FINISHED:
+                self._end(row.sequence, FinishReason.ERROR, error, is_valid=False)
         # Copies bring a prefix to sequences that may have no row in the same step.
         self._roster.restart({copy.target for copy in batch.copies})
 
@@ -243,5 +319,10 @@ def _check_options(options: ContinuousOptions, limits: RunnerLimits, max_num_seq
         value = getattr(options, field)
         if value is not None and value < minimum:
             raise ConfigError(f"must be at least {minimum}", field=field)
+    if limits.block_size and options.kv_budget_tokens is not None:
+        raise ConfigError("is for slots; a cache of blocks holds what its blocks hold", field="kv_budget_tokens")
+    if limits.block_size and (limits.num_blocks - 1) * limits.block_size < limits.max_model_len:
+        message = f"{limits.num_blocks} blocks do not hold a sequence of {limits.max_model_len} tokens beside block 0"
+        raise ConfigError(message, field="num_blocks")
     if not options.max_step_ms > 0:
         raise ConfigError("must be above 0", field="max_step_ms")

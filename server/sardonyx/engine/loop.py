@@ -1,5 +1,8 @@
 """One thread per model that runs its steps: schedule, execute, update, deliver.
 
+Where the runner's steps run on a device, the next one is launched before the last is collected, so that the device
+goes on while the host looks at what came out of it, delivers it, and decides what comes then.
+
 Floor 3. It decides nothing about the steps themselves; that is the policy's. Its promise to whoever submits: every
 request that was taken gets exactly one event with a finish reason, whatever happens to the step, the runner or the
 loop.
@@ -9,15 +12,24 @@ import logging
 import random
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Generic, Protocol
+from dataclasses import asdict, dataclass
+from typing import Generic, Protocol, runtime_checkable
 
 import msgspec
 
-from sardonyx.core import AnyBatch, B, FinishReason, O, O_contra, Request, Runner, Sequence, SequenceEvent
-from sardonyx.engine.stats import STEP_S_BOUNDS, LoopStats, PolicyStats
+from sardonyx.core import (
+    AsyncRunner,
+    B,
+    FinishReason,
+    O,
+    O_contra,
+    Request,
+    Runner,
+    Sequence,
+    SequenceEvent,
+)
+from sardonyx.engine.stats import LoopStats, PolicyStats, StepCounts
 from sardonyx.errors import EngineDead, EngineError, InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -65,26 +77,27 @@ class Policy(Protocol[B, O_contra]):
     def stats(self) -> PolicyStats: ...
 
 
-@dataclass(slots=True)
-class _Steps:
-    num_steps: int = 0
-    num_failed_steps: int = 0
-    last_step_s: float = 0.0
-    last_step_tokens: int = 0
-    last_step_rows: int = 0
-    step_tokens: int = 0
-    step_s_sum: float = 0.0
-    step_s_counts: list[int] = field(default_factory=lambda: [0] * (len(STEP_S_BOUNDS) + 1))
+@runtime_checkable
+class AheadPolicy(Policy[B, O_contra], Protocol[B, O_contra]):
+    """A policy that can say what comes behind a step whose outcome it does not know.
 
-    def count(self, batch: AnyBatch, step_s: float, *, has_failed: bool) -> None:
-        self.num_steps += 1
-        self.num_failed_steps += has_failed
-        self.last_step_s = step_s
-        self.last_step_tokens = batch.num_tokens
-        self.last_step_rows = len(batch.rows)
-        self.step_tokens += self.last_step_tokens
-        self.step_s_sum += step_s
-        self.step_s_counts[bisect_left(STEP_S_BOUNDS, step_s)] += 1
+    ``add`` and ``abort`` may come while one step is out; ``schedule`` only while none is. ``update`` and ``fail`` come
+    in the order in which the steps were scheduled.
+    """
+
+    def schedule_ahead(self, batch: B, now_s: float) -> B | None:
+        """The step to launch behind `batch`, or ``None`` where that one's outcome must be known first."""
+        ...
+
+
+@dataclass(slots=True)
+class _Step(Generic[B]):
+    """A step that is not finished."""
+
+    batch: B
+    start_s: float
+    error: EngineError | None = None
+    """Why it was not started."""
 
 
 class StepLoop(Generic[B, O]):
@@ -93,7 +106,8 @@ class StepLoop(Generic[B, O]):
     Args:
         name: of the model, for messages.
         policy: belongs to the loop from now on.
-        runner: belongs to the loop from now on; `close` closes it.
+        runner: belongs to the loop from now on; `close` closes it. Steps overlap where it is an `AsyncRunner` and the
+            policy an `AheadPolicy`.
         deliver: called in the loop's thread with all events of a step. It must return at once and never raise.
         clock: monotonic seconds.
         max_failed_steps: so many steps failed one after the other are a broken runner, not bad luck: the loop dies.
@@ -118,6 +132,10 @@ class StepLoop(Generic[B, O]):
         self._thread = threading.Thread(target=self._run, name=f"step-loop-{name}", daemon=True)
         self._is_idle = True
         self._num_failed_in_a_row = 0
+        self._overlapped: tuple[AsyncRunner[B, O], AheadPolicy[B, O]] | None = None
+        if isinstance(runner, AsyncRunner) and isinstance(policy, AheadPolicy):
+            self._overlapped = runner, policy
+        self._ahead: _Step[B] | None = None
         # Guards all below; held for moments only, never while a step or a callback runs.
         self._changed = threading.Condition()
         self._is_open = False
@@ -127,7 +145,7 @@ class StepLoop(Generic[B, O]):
         self._progress_s = 0.0
         self._num_queued = 0
         self._policy_stats = policy.stats()
-        self._steps = _Steps()
+        self._steps = StepCounts()
 
     def start(self) -> None:
         """Start the thread. Once, and not after `close`."""
@@ -214,6 +232,8 @@ class StepLoop(Generic[B, O]):
         try:
             while self._apply_inbox():
                 self._step()
+            if self._ahead is not None:
+                self._step()
             end = (FinishReason.CANCELLED, None)
         except Exception:
             logger.exception("%s: the step loop died", self._name)
@@ -236,37 +256,86 @@ class StepLoop(Generic[B, O]):
         return True
 
     def _step(self) -> None:
-        start_s = self._clock()
-        batch = self._policy.schedule(start_s)
-        self._is_idle = batch is None
-        self._publish()
-        if batch is not None:
-            error = self._execute(batch)
-            self._num_failed_in_a_row = self._num_failed_in_a_row + 1 if error else 0
-            self._publish(batch, start_s, has_failed=error is not None)
+        if self._overlapped is None:
+            self._step_alone()
+        else:
+            self._step_overlapped(*self._overlapped)
         self._deliver_live(self._policy.take_events())
         if self._num_failed_in_a_row >= self._max_failed_steps:
             raise EngineDead(f"{self._num_failed_in_a_row} steps failed one after the other")
 
-    def _execute(self, batch: B) -> EngineError | None:
+    def _step_alone(self) -> None:
+        start_s = self._clock()
+        batch = self._policy.schedule(start_s)
+        self._is_idle = batch is None
+        self._publish()
+        if batch is None:
+            return
         try:
             output = self._runner.execute(batch)
         except EngineError as error:
-            logger.error("%s: a step of %d rows failed: %s", self._name, len(batch.rows), error.message)
-            self._policy.fail(batch, error.message)
-            return error
-        self._policy.update(batch, output, self._clock())
-        return None
+            self._fail(error, [_Step(batch, start_s)])
+        else:
+            self._update(_Step(batch, start_s), output)
 
-    def _publish(self, batch: AnyBatch | None = None, start_s: float = 0.0, *, has_failed: bool = False) -> None:
-        """Renew what `stats` shows; with a batch, count its step."""
+    def _step_overlapped(self, runner: AsyncRunner[B, O], policy: AheadPolicy[B, O]) -> None:
+        """Collect the step that is out, or else the next one, with another launched behind it where that can be."""
+        step, self._ahead = self._ahead, None
+        if step is None:
+            start_s = self._clock()
+            step = self._launch(runner, policy.schedule(start_s), start_s)
+            self._is_idle = step is None
+            self._publish()
+        if step is None:
+            return
+        if step.error is None and not self._is_closing and runner.can_follow(step.batch):
+            start_s = self._clock()
+            self._ahead = self._launch(runner, policy.schedule_ahead(step.batch, start_s), start_s)
+        try:
+            if step.error is not None:
+                raise step.error
+            output = runner.collect()
+        except EngineError as error:
+            ahead, self._ahead = self._ahead, None
+            self._fail(error, [step, ahead] if ahead is not None else [step])
+        else:
+            self._update(step, output)
+
+    def _launch(self, runner: AsyncRunner[B, O], batch: B | None, start_s: float) -> _Step[B] | None:
+        """Start a step. One that does not start fails when its turn comes: the one before it may still succeed."""
+        if batch is None:
+            return None
+        step = _Step(batch, start_s)
+        try:
+            runner.launch(batch)
+        except EngineError as error:
+            step.error = error
+        return step
+
+    def _update(self, step: _Step[B], output: O) -> None:
+        self._num_failed_in_a_row = 0
+        self._policy.update(step.batch, output, self._clock())
+        self._publish(step)
+
+    def _fail(self, error: EngineError, steps: list[_Step[B]]) -> None:
+        """One failure, of a step and of the one behind it."""
+        self._num_failed_in_a_row += 1
+        for step in steps:
+            logger.error("%s: a step of %d rows failed: %s", self._name, len(step.batch.rows), error.message)
+            self._policy.fail(step.batch, error.message)
+            self._publish(step, has_failed=True)
+
+    def _publish(self, step: _Step[B] | None = None, *, has_failed: bool = False) -> None:
+        """Renew what `stats` shows; with a step, count it."""
         policy_stats, now_s = self._policy.stats(), self._clock()
         with self._changed:
             self._policy_stats = policy_stats
             self._num_queued = sum(isinstance(command, Sequence) for command in self._inbox)
-            if batch is not None:
+            if step is not None:
+                # A step that was launched ahead begins where the one before it ended.
+                step_s = now_s - max(step.start_s, self._progress_s)
+                self._steps.count(step.batch, step_s, has_failed=has_failed)
                 self._progress_s = now_s
-                self._steps.count(batch, now_s - start_s, has_failed=has_failed)
 
     def _deliver_live(self, events: list[SequenceEvent]) -> None:
         """Deliver the events of requests that have not ended, and note which end now."""
