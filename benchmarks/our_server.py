@@ -17,5 +17,9 @@ class OurServer:
         self.command = command
         self.url = f"http://127.0.0.1:{http_port}"
 
+    def peak_bytes(self) -> int:
+        """The most memory that the process had resident, from its start."""
+        return self._server.peak_bytes()
+
     def stop(self) -> None:
         self._server.stop()

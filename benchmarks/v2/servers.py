@@ -71,6 +71,12 @@ class Server:
         processes = [self._process, *self._process.children(recursive=True)]
         return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
+    def peak_bytes(self) -> int:
+        """The most memory that it had resident, from its start."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+
     def _get(self, path: str) -> dict[str, Any]:
         if self._process.poll() is not None:
             raise SystemExit(f"{self.command[0]} died ({self._process.returncode}); see {self._log}")

@@ -22,8 +22,12 @@ TEXT_WIDTH = 128
 NUM_TIMESTEPS = 1000
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """All bytes, and merges that make each word of `captions.words` one token; other words fall into pieces."""
+def make_tokenizer(max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
+    """All bytes, and merges that make each word of `captions.words` one token; other words fall into pieces.
+
+    Args:
+        max_tokens: of a prompt, the two at its ends among them.
+    """
     learned = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -36,7 +40,7 @@ def make_tokenizer() -> CLIPTokenizer:
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[special] = len(vocabulary)
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_tokens)
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
