@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sardonyx.errors import ConfigError
 from sardonyx.settings import (
+    EDGE_DEFAULTS,
     SECRETS,
     Settings,
     check_exposure,
@@ -337,3 +338,35 @@ def test_quota_of_an_old_cgroup_bounds_the_cores(machine):
 def test_unknown_topology_counts_every_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
     assert usable_cores(tmp_path) == 3
+
+
+@pytest.mark.parametrize("flags", [{"profile": "edge"}, {}])
+def test_the_edge_profile_has_defaults_of_its_own_and_each_can_be_set(flags, tmp_path):
+    config = write_toml(tmp_path / "edge.toml", "profile = 'edge'\nmax_num_seqs = 2\n")
+    environ = {"SARDONYX_MAX_MODEL_LEN": "512"}
+    settings = load_settings(flags | {"max_choices": "1"}, config=config, environ=environ)
+    expected = EDGE_DEFAULTS | {"profile": "edge", "max_num_seqs": 2, "max_model_len": 512, "max_choices": 1}
+    assert settings == msgspec.structs.replace(Settings(), **expected)
+
+
+def test_another_profile_in_a_flag_leaves_the_files_alone(tmp_path):
+    config = write_toml(tmp_path / "edge.toml", "profile = 'edge'\n")
+    assert load_settings({"profile": "server"}, config=config, environ={}) == Settings()
+
+
+def test_an_unknown_profile_is_refused():
+    with pytest.raises(ConfigError, match=r"--profile: .*'tiny'"):
+        load_settings({"profile": "tiny"}, environ={})
+
+
+def test_values_of_the_edge_profile_are_valid_and_smaller_than_the_servers():
+    smaller = load_settings({name: str(value) for name, value in EDGE_DEFAULTS.items()}, environ={})
+    assert smaller == Settings(**EDGE_DEFAULTS)
+    for name, value in EDGE_DEFAULTS.items():
+        assert value < getattr(Settings(), name) or name == "max_model_len"  # where 0 is no limit
+
+
+def test_every_default_of_the_edge_profile_has_its_row_in_the_readme():
+    section = README.read_text().partition("## Small boxes")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(.+)` \| `(.+)` \|", section, re.MULTILINE)
+    assert rows == [(name, str(value), str(getattr(Settings(), name))) for name, value in EDGE_DEFAULTS.items()]

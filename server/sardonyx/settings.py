@@ -53,6 +53,8 @@ SecondsOrNone = Annotated[float, Meta(ge=0, le=7 * 86_400)]
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Every option of the server process. Build it with `load_settings`."""
 
+    profile: Literal["server", "edge"] = "server"
+    """`edge`: smaller defaults for a box with little memory. Each of them can still be set."""
     repository: Path = Path("model_repository")
     """Folder of the model repository. Also the argument of `sardonyx serve`."""
     more_repositories: tuple[Path, ...] = ()
@@ -135,6 +137,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Most memory for the KV cache of one model (`2GiB` is understood). 0: from `memory_fraction`."""
     memory_fraction: Annotated[float, Meta(gt=0, le=0.95)] = 0.5
     """Share of the memory free at start that all KV caches may take together."""
+    device_memory_fraction: Annotated[float, Meta(gt=0, le=0.98)] = 0.9
+    """Share of a card's memory, free when its first model is loaded, that all models may take together."""
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096)] = 32
     """Sequences of one model that run at once."""
     max_model_len: CountOrAuto = 0
@@ -192,6 +196,35 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return [(name, f"<{len(value)} hidden>" if name in SECRETS else value) for name, value in shown]
 
 
+EDGE_DEFAULTS: dict[str, Any] = {
+    "model_load_thread_count": 1,
+    "memory_fraction": 0.25,
+    "device_memory_fraction": 0.8,
+    "max_num_seqs": 4,
+    "max_model_len": 2048,
+    "max_chunk_tokens": 128,
+    "max_batch_tokens": 128,
+    "encoder_batch_tokens": 256,
+    "max_queued_requests": 16,
+    "max_queued_tokens": 1 << 15,
+    "max_choices": 4,
+    "max_body_bytes": 4 << 20,
+    "max_inflight_inferences": 64,
+    "max_inflight_tensor_bytes": 64 << 20,
+    "http_max_input_size": 16 << 20,
+    "grpc_max_message_bytes": 16 << 20,
+    "max_audio_bytes": 32 << 20,
+    "max_audio_s": 1800.0,
+    "max_queued_audio_s": 3600,
+    "max_queued_image_steps": 200,
+    "image_store_bytes": 8 << 20,
+}
+"""What `profile` ``edge`` puts in place of the struct's defaults: for 2 to 8 GB that the system and callers share.
+
+Fractions are of MemAvailable, which a card that shares the host's memory is measured by, too.
+"""
+
+
 class Option(msgspec.Struct, frozen=True, kw_only=True):
     """What there is to say about one field of `Settings`."""
 
@@ -231,8 +264,8 @@ def load_settings(
 ) -> Settings:
     """Fill the struct: flags win over ``SARDONYX_*`` variables, these over the TOML file, this over the defaults.
 
-    An empty variable counts as not set. Relative paths in the TOML file start at its folder, all others at the working
-    directory.
+    The defaults are those of the profile. An empty variable counts as not set. Relative paths in the TOML file start
+    at its folder, all others at the working directory.
 
     Args:
         flags: by field name, text or already of the field's type; ``None`` values count as not given.
@@ -254,7 +287,7 @@ def load_settings(
     for name in SECRETS:
         if (file := values.get(f"{name}_file")) is not None:
             values[name] = (*values.get(name, ()), *_read_keys(file, f"{name}_file"))
-    return Settings(**values)
+    return Settings(**((EDGE_DEFAULTS if values.get("profile") == "edge" else {}) | values))
 
 
 def parse_size(text: str) -> int | None:
