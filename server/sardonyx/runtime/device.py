@@ -1,7 +1,7 @@
 """A device with memory of its own, as runners see it: everything given to it is done in order, later.
 
-Floor 2. The seam between runners and CUDA: `sardonyx.runtime.device_cuda` is the production side. Addresses are numbers;
-whoever allocates memory frees it.
+Floor 2. The seam between runners and CUDA: `sardonyx.runtime.device_cuda` is the production side. Addresses are
+numbers; whoever allocates memory frees it.
 """
 
 from pathlib import Path
