@@ -17,6 +17,14 @@ def config_of(text: str) -> ModelConfig:
     return text_format.Parse(text, ModelConfig())
 
 
+def with_parameters(**parameters: str) -> ModelConfig:
+    """Nothing but a name and parameters."""
+    result = ModelConfig(name="m")
+    for key, value in parameters.items():
+        result.parameters[key].string_value = value
+    return result
+
+
 def read(text: str, *, num_gpus: int = 0) -> TensorConfig:
     """Read a plain tensor model's config with its head in front."""
     return read_tensor_config(config_of(HEAD + text), file="c.pbtxt", num_gpus=num_gpus)

@@ -5,23 +5,15 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tests.repository.configs import with_parameters
 
 from sardonyx.errors import ConfigError
-from sardonyx.repository.config import parse_config
 from sardonyx.repository.encoder_config import CATEGORIES, EncoderOptions, encoder_options
-
-
-def config(**parameters: str) -> ModelConfig:
-    result = ModelConfig(name="m")
-    for key, value in parameters.items():
-        result.parameters[key].string_value = value
-    return result
 
 
 def test_parameters_are_read():
     options = encoder_options(
-        config(max_batch_tokens="512", num_instances="2", truncate="true", **{"moderation.toxic": "hate 0.5"})
+        with_parameters(max_batch_tokens="512", num_instances="2", truncate="true", **{"moderation.toxic": "hate 0.5"})
     )
     assert options == EncoderOptions(
         max_batch_tokens=512, num_instances=2, truncate=True, moderation={"toxic": [("hate", 0.5)]}
@@ -29,7 +21,7 @@ def test_parameters_are_read():
 
 
 def test_label_may_speak_for_several_categories():
-    options = encoder_options(config(**{"moderation.threat": " harassment/threatening .5,violence 1 "}))
+    options = encoder_options(with_parameters(**{"moderation.threat": " harassment/threatening .5,violence 1 "}))
     assert options.moderation == {"threat": [("harassment/threatening", 0.5), ("violence", 1.0)]}
 
 
@@ -50,25 +42,21 @@ def test_label_may_speak_for_several_categories():
 )
 def test_wrong_parameter_is_refused_by_name(key, value, message):
     with pytest.raises(ConfigError, match=message):
-        encoder_options(config(**{key: value}))
-
-
-@pytest.mark.parametrize("field", ["dynamic_batching { }", "instance_group { count: 2 }", "input { name: 'a' }"])
-def test_field_without_meaning_is_refused_by_name(field):
-    with pytest.raises(ConfigError, match=rf"{field.partition(' ')[0]}: has no meaning for an encoder model"):
-        encoder_options(parse_config(field.encode(), name="m"))
+        encoder_options(with_parameters(**{key: value}))
 
 
 @given(st.sampled_from(CATEGORIES), st.floats(0.001, 1.0))
 def test_every_category_and_threshold_survives(category, threshold):
     text = f"{category} {threshold:.17f}"
-    assert encoder_options(config(**{"moderation.a": text})).moderation["a"] == [(category, float(f"{threshold:.17f}"))]
+    assert encoder_options(with_parameters(**{"moderation.a": text})).moderation["a"] == [
+        (category, float(f"{threshold:.17f}"))
+    ]
 
 
 @given(st.text(max_size=30))
 def test_any_text_is_read_or_refused(text):
     try:
-        rules = encoder_options(config(**{"moderation.a": text})).moderation["a"]
+        rules = encoder_options(with_parameters(**{"moderation.a": text})).moderation["a"]
     except ConfigError:
         return
     assert rules

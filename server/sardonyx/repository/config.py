@@ -5,13 +5,10 @@ field that a family does not honour is refused by name, never ignored. What a pl
 `tensor_config`'s matter.
 """
 
-import difflib
 import json
 import re
-import typing
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 from google.protobuf import json_format, text_format
@@ -19,7 +16,7 @@ from msgspec import Meta
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from sardonyx.errors import ConfigError
-from sardonyx.settings import parse_size
+from sardonyx.repository.model_options import read_options
 
 FILE_NAME = "config.pbtxt"
 MAX_BYTES = 1 << 20
@@ -31,7 +28,6 @@ ENSEMBLE = "ensemble"
 _FIELD_IN_MESSAGE = re.compile(r"""(?:field named|[Ff]ield|multiple) "([\w.]+)\"""")
 _FIELD_IN_JSON_MESSAGE = re.compile(r"Failed to parse (\w+) field: ")
 _FIELD_IN_LINE = re.compile(r"([A-Za-z_]\w*)\s*[:{\[]")
-_LANGUAGE_MODEL_FIELDS = frozenset({"name", "platform", "backend", "version_policy", "parameters"})
 
 
 class LanguageModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -132,14 +128,6 @@ def is_plain_file_name(name: str) -> bool:
     return name not in {"", ".", ".."} and not set(name) & set("/\\\0")
 
 
-def unknown_parameter(key: str, known: Iterable[str], *, owner: str, file: str) -> ConfigError:
-    """The refusal of a key of ``parameters`` that nothing reads, with the likeliest one that was meant."""
-    names = list(known)
-    close = difflib.get_close_matches(key, names, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
-    return ConfigError(f"is not a parameter of {owner}; {hint}", file=file, field=f"parameters[{key!r}]")
-
-
 def choose_versions(config: ModelConfig, present: list[int]) -> list[int]:
     """The versions to serve, ascending: the policy's choice among those that are there, by default the latest one."""
     policy = config.version_policy
@@ -163,50 +151,7 @@ def language_model_options(config: ModelConfig, *, file: str = FILE_NAME) -> Lan
     """
     if config.platform == ENSEMBLE:
         raise ConfigError("has no meaning for a language model", file=file, field="platform")
-    for field, _ in config.ListFields():
-        if field.name not in _LANGUAGE_MODEL_FIELDS:
-            raise ConfigError("has no meaning for a language model", file=file, field=field.name)
-    return read_parameters(config, LanguageModelOptions, owner="a language model", file=file)
-
-
-P = TypeVar("P", bound=msgspec.Struct)
-
-
-def read_parameters(config: ModelConfig, kind: type[P], *, owner: str, file: str) -> P:
-    """``parameters`` as a struct: one field each, all with a default.
-
-    Args:
-        config: the operator's.
-        kind: the struct; each field may be ``None``.
-        owner: what messages call such a model.
-        file: for messages.
-
-    Raises:
-        ConfigError: an unknown parameter, or a value of the wrong type or out of range.
-    """
-    types = {field.name: field.type for field in msgspec.structs.fields(kind)}
-    values: dict[str, Any] = {}
-    for key in sorted(config.parameters):
-        if key not in types:
-            raise unknown_parameter(key, types, owner=owner, file=file)
-        values[key] = read_parameter(key, config.parameters[key].string_value.strip(), types[key], file=file)
-    return kind(**values)
-
-
-def read_parameter(key: str, text: str, type_: Any, *, file: str) -> Any:
-    """One parameter's value; sizes in bytes may have a unit.
-
-    Raises:
-        ConfigError: it is of the wrong type or out of range.
-    """
-    value = parse_size(text) if key.endswith("_bytes") else None
-    # The bare type: with `| None` the text "null" would pass as None.
-    bare_type = (typing.get_args(type_) or (type_,))[0]
-    try:
-        return msgspec.convert(text if value is None else value, bare_type, strict=False)
-    except msgspec.ValidationError as error:
-        reason = str(error).partition(", got")[0].replace("`", "").replace("Expected", "expected")
-        raise ConfigError(f"{reason}, not {text!r}", file=file, field=f"parameters[{key!r}]") from error
+    return read_options(config, LanguageModelOptions, owner="a language model", file=file)
 
 
 def _check(config: ModelConfig, name: str, file: str) -> None:

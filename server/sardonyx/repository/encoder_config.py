@@ -11,7 +11,8 @@ from msgspec import Meta
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from sardonyx.errors import ConfigError
-from sardonyx.repository.config import FILE_NAME, read_parameter, unknown_parameter
+from sardonyx.repository.config import FILE_NAME
+from sardonyx.repository.model_options import read_parameter, refuse_other_fields, unknown_parameter
 
 CATEGORIES = (
     "harassment",
@@ -30,7 +31,6 @@ CATEGORIES = (
 )
 """Of ``/v1/moderations``. Source: OpenAI's reference."""
 
-_FIELDS = frozenset({"name", "platform", "backend", "version_policy", "parameters", "max_batch_size"})
 _MODERATION = "moderation."
 _RULE = re.compile(r"\s*([a-z/-]+)\s+(\d+(?:\.\d*)?|\.\d+)\s*")
 
@@ -63,9 +63,7 @@ def encoder_options(config: ModelConfig, *, file: str = FILE_NAME) -> EncoderOpt
         ConfigError: an unknown parameter or category, a value of the wrong type or out of range, or a field of
             ModelConfig that such a model does not honour.
     """
-    for field, _ in config.ListFields():
-        if field.name not in _FIELDS:
-            raise ConfigError("has no meaning for an encoder model", file=file, field=field.name)
+    refuse_other_fields(config, ["max_batch_size"], owner="an encoder model", file=file)
     types = {field.name: field.type for field in msgspec.structs.fields(EncoderOptions) if field.name != "moderation"}
     values: dict[str, Any] = {}
     moderation = {}

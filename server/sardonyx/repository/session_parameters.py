@@ -10,7 +10,8 @@ import msgspec
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from sardonyx.errors import ConfigError
-from sardonyx.repository.config import FILE_NAME, unknown_parameter
+from sardonyx.repository.config import FILE_NAME
+from sardonyx.repository.model_options import unknown_parameter
 
 ALGORITHM_SEARCHES: tuple[Literal["EXHAUSTIVE", "HEURISTIC", "DEFAULT"], ...] = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
 """By the numbers that ``cudnn_conv_algo_search`` has in ``parameters``."""

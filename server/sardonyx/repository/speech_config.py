@@ -9,10 +9,8 @@ import msgspec
 from msgspec import Meta
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from sardonyx.errors import ConfigError
-from sardonyx.repository.config import FILE_NAME, read_parameters
-
-_FIELDS = frozenset({"name", "platform", "backend", "version_policy", "parameters"})
+from sardonyx.repository.config import FILE_NAME
+from sardonyx.repository.model_options import read_options
 
 
 class SpeechModelOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +31,4 @@ def speech_model_options(config: ModelConfig, *, file: str = FILE_NAME) -> Speec
         ConfigError: an unknown parameter, a value of the wrong type or out of range, or a field of ModelConfig that a
             speech model does not honour.
     """
-    for field, _ in config.ListFields():
-        if field.name not in _FIELDS:
-            raise ConfigError("has no meaning for a speech model", file=file, field=field.name)
-    return read_parameters(config, SpeechModelOptions, owner="a speech model", file=file)
+    return read_options(config, SpeechModelOptions, owner="a speech model", file=file)
