@@ -52,11 +52,14 @@ class Driver:
                 self.policy.update(self.batch, output, self.now_s)
             except EngineError as error:
                 self.policy.fail(self.batch, error.message)
+        self.take_events()
+        return self.batch is not None
+
+    def take_events(self) -> None:
         for event in self.policy.take_events():
             past = self.events[event.request_id]
             assert not past or past[-1].finish_reason is None, "nothing comes after a finish reason"
             past.append(event)
-        return self.batch is not None
 
     def run(self, max_steps: int = 10_000) -> None:
         """Step until nothing is left."""
