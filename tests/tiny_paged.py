@@ -1,0 +1,166 @@
+"""The decoder of `tests.tiny_models` in the contract of steps over blocks: the same weights, so the same texts.
+
+Only attention is computed in 16 bits, as PagedAttention has it; everything around it is as in the graph over slots.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from onnx.reference.op_run import OpRun
+from sardonyx_export.builders.feed import build_feed
+from tests.runners.naive_sampler import weights_left
+from tests.tiny_models import TinyDecoder, _GraphWriter
+
+from sardonyx.core import SamplingParams
+from sardonyx.repository import families
+
+BLOCK_SIZE = 16
+TESTS = "sardonyx.tests"
+
+
+def paged_language_model(sizes: TinyDecoder) -> families.LanguageModel:
+    """The manifest's part."""
+    model = sizes.language_model
+    layout = families.KvLayout(
+        num_layers=model.kv.num_layers,
+        num_kv_heads=model.kv.num_kv_heads,
+        head_size=model.kv.head_size,
+        datatype="FP16",
+        block_size=BLOCK_SIZE,
+    )
+    return families.LanguageModel(vocab_size=model.vocab_size, max_model_len=model.max_model_len, kv=layout)
+
+
+def make_paged_model(folder: Path, sizes: TinyDecoder) -> dict[str, Path]:
+    """Write ``decoder.onnx``, ``sampler.onnx`` and ``feed.onnx``, and return their paths by role."""
+    onnx.save_model(_PagedWriter(sizes).decoder(), folder / "decoder.onnx")
+    onnx.save_model(_sampler(sizes.vocab_size), folder / "sampler.onnx")
+    return {
+        "decoder": folder / "decoder.onnx",
+        "sampler": folder / "sampler.onnx",
+        "feed": build_feed(folder)[0],
+    }
+
+
+class Draw(OpRun):
+    """The whole contract of the graph ``sampler``, by the book."""
+
+    op_domain = TESTS
+
+    def _run(self, logits, temperature, top_k, top_p, min_p, uniform):
+        rows = zip(logits, temperature, top_k, top_p, min_p, uniform, strict=True)
+        drawn = [self._draw(*row) for row in rows]
+        token_ids, logprobs, is_finite = zip(*drawn, strict=True)
+        return np.array(token_ids, np.int64), np.array(logprobs, np.float32), np.array(is_finite, np.bool_)
+
+    def _draw(self, logits, temperature, top_k, top_p, min_p, uniform):
+        if not np.isfinite(logits.max()):
+            return 0, 0.0, False
+        token_id = int(logits.argmax())
+        if temperature > 0:
+            params = SamplingParams(
+                temperature=float(temperature), top_k=int(top_k), top_p=float(top_p), min_p=float(min_p)
+            )
+            cumulated = weights_left(logits, params).cumsum(dtype=np.float64)
+            token_id = int(np.searchsorted(cumulated, uniform * cumulated[-1], side="right"))
+        wide = logits.astype(np.float64) - logits.max()
+        return token_id, wide[token_id] - np.log(np.exp(wide).sum()), True
+
+
+class _PagedWriter(_GraphWriter):
+    def attention(self, source: str, layer: int) -> str:
+        sizes, prefix = self.sizes, f"layers.{layer}.attention"
+        parts = []
+        for part, heads in (("q", sizes.num_heads), ("k", sizes.num_kv_heads), ("v", sizes.num_kv_heads)):
+            weight = self.weight(f"{prefix}.{part}.weight", sizes.hidden_size, heads * sizes.head_size, gain=1.5)
+            parts.append(self.node("MatMul", [source, weight], f"{prefix}.{part}"))
+        packed = self.node("Concat", parts, f"{prefix}.qkv", axis=1)
+        half = self.node("Cast", [packed], f"{prefix}.qkv.half", to=TensorProto.FLOAT16)
+        if not layer:
+            self.node("Cast", ["cos_cache"], "cos_half", to=TensorProto.FLOAT16)
+            self.node("Cast", ["sin_cache"], "sin_half", to=TensorProto.FLOAT16)
+        past = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
+        lengths = ["cumulative_sequence_length", "past_seqlens", "block_table"]
+        inputs = [half, "", "", *past, *lengths, "cos_half", "sin_half", "slot_mapping", *[""] * 5]
+        self.nodes.append(
+            helper.make_node(
+                "PagedAttention",
+                [*inputs, "attention_metadata"],
+                [f"{prefix}.out.half", f"present.{layer}.key", f"present.{layer}.value"],
+                domain="com.microsoft",
+                num_heads=sizes.num_heads,
+                kv_num_heads=sizes.num_kv_heads,
+                do_rotary=1,
+            )
+        )
+        out = self.node("Cast", [f"{prefix}.out.half"], f"{prefix}.out", to=TensorProto.FLOAT)
+        weight = self.weight(f"{prefix}.o.weight", sizes.hidden_size, sizes.hidden_size)
+        return self.node("MatMul", [out, weight], f"{prefix}.o")
+
+    def model(self) -> onnx.ModelProto:
+        sizes = self.sizes
+        cache = ["blocks", BLOCK_SIZE, sizes.num_kv_heads, sizes.head_size]
+        inputs = [
+            _port("input_ids", TensorProto.INT64, "T"),
+            _port("logits_index", TensorProto.INT64, "N"),
+            _port("block_table", TensorProto.INT32, "B", "M"),
+            _port("cumulative_sequence_length", TensorProto.INT32, "B + 1"),
+            _port("past_seqlens", TensorProto.INT32, "B"),
+            _port("slot_mapping", TensorProto.INT32, "T"),
+            _port("attention_metadata", TensorProto.INT32, 3),
+        ]
+        outputs = [_port("logits", TensorProto.FLOAT, "N", sizes.vocab_size)]
+        for layer in range(sizes.num_layers):
+            for side in ("key", "value"):
+                inputs.append(_port(f"past_key_values.{layer}.{side}", TensorProto.FLOAT16, *cache))
+                outputs.append(_port(f"present.{layer}.{side}", TensorProto.FLOAT16, *cache))
+        return _model(self.nodes, inputs, outputs, self.initializers)
+
+
+def poison(path: Path, token_id: int) -> Path:
+    """A copy of a decoder in which one token's embedding is not a number."""
+    model = onnx.load(path)
+    for initializer in model.graph.initializer:
+        if initializer.name == "embed.weight":
+            values = onnx.numpy_helper.to_array(initializer).copy()
+            values[token_id] = np.nan
+            initializer.CopyFrom(onnx.numpy_helper.from_array(values, initializer.name))
+    target = path.with_name("poisoned") / path.name
+    target.parent.mkdir(exist_ok=True)
+    onnx.save_model(model, target)
+    return target
+
+
+def tiny_sizes(**changes: int) -> TinyDecoder:
+    return replace(TinyDecoder(vocab_size=64, max_model_len=96), **changes)
+
+
+def _sampler(vocab_size: int) -> onnx.ModelProto:
+    inputs = [
+        _port("logits", TensorProto.FLOAT, "N", vocab_size),
+        _port("temperature", TensorProto.FLOAT, "N"),
+        _port("top_k", TensorProto.INT64, "N"),
+        _port("top_p", TensorProto.FLOAT, "N"),
+        _port("min_p", TensorProto.FLOAT, "N"),
+        _port("uniform", TensorProto.FLOAT, "N"),
+    ]
+    outputs = [
+        _port("token_ids", TensorProto.INT64, "N"),
+        _port("logprobs", TensorProto.FLOAT, "N"),
+        _port("is_finite", TensorProto.BOOL, "N"),
+    ]
+    names = [port.name for port in inputs], [port.name for port in outputs]
+    return _model([helper.make_node("Draw", *names, domain=TESTS)], inputs, outputs, [])
+
+
+def _port(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, list(shape))
+
+
+def _model(nodes, inputs, outputs, initializers) -> onnx.ModelProto:
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1), helper.make_opsetid(TESTS, 1)]
+    graph = helper.make_graph(nodes, "tiny_paged", inputs, outputs, initializers)
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="sardonyx tests")
