@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 from onnx.reference.op_run import OpRun
-from sardonyx_export.builders.feed import build_feed
 from tests.runners.naive_sampler import weights_left
 from tests.tiny_models import TinyDecoder, _GraphWriter
 
 from sardonyx.core import SamplingParams
 from sardonyx.repository import families
+from sardonyx_export.builders.feed import build_feed
 
 BLOCK_SIZE = 16
 TESTS = "sardonyx.tests"

@@ -180,7 +180,12 @@ def test_no_stop_token_is_drawn_before_min_tokens(runner):
     free = Request(id="0", prompt_ids=random_ids(1, 9), max_tokens=8, sampling=GREEDY)
     first = tokens_of(run(runner, [free])[0]["0"])[0]
     held = Request(
-        id="0", prompt_ids=free.prompt_ids, max_tokens=8, min_tokens=3, stop_token_ids=frozenset({first}), sampling=GREEDY
+        id="0",
+        prompt_ids=free.prompt_ids,
+        max_tokens=8,
+        min_tokens=3,
+        stop_token_ids=frozenset({first}),
+        sampling=GREEDY,
     )
     events, _, num_ahead = run(runner, [held])
     assert first not in tokens_of(events["0"])[:3]
@@ -269,7 +274,19 @@ def make_sequence(prompt, blocks, **request):
         (make_sequence([1, 2], [1]), 1, {"fed_by": 0}),
         (make_sequence([1] * 100, list(range(1, 7))), 16, {"num_ahead": 84}),
     ],
-    ids=["chunk", "too few", "not there", "nobody's", "too many", "vocabulary", "negative", "left", "none", "fed", "len"],
+    ids=[
+        "chunk",
+        "too few",
+        "not there",
+        "nobody's",
+        "too many",
+        "vocabulary",
+        "negative",
+        "left",
+        "none",
+        "fed",
+        "len",
+    ],
 )
 def test_a_batch_that_breaks_the_limits_is_refused_before_it_is_launched(paths, sequence, num_new, fields):
     runner = open_runner(paths)
