@@ -28,6 +28,20 @@ class Blocks:
     offsets: npt.NDArray[np.float32] | None = None
     """(n, b), added to each weight of the block; ``None``: none."""
 
+    def with_float_zero_points(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Scales and zero points, both (n, b) float32, that take the offsets in: ``scale * (code - zero_point)``.
+
+        A block of one value may have the scale 0 and all of its weight in the offset. It gets the offset as scale, and
+        codes of 1 over a zero point of 0; `codes` are changed for that.
+        """
+        assert self.offsets is not None
+        is_flat = self.scales == 0
+        self.codes[is_flat] = 1
+        scales = np.where(is_flat, self.offsets, self.scales)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            points = self.zero_points - self.offsets / self.scales
+        return scales, np.where(is_flat, np.float32(0), points).astype(np.float32)
+
     def dequantise(self, num_columns: int) -> npt.NDArray[np.float32]:
         """The weights these blocks stand for, (n, num_columns) float32."""
         weights = self.scales[..., None] * (self.codes.astype(np.float32) - self.zero_points[..., None])
@@ -41,7 +55,9 @@ def default_zero_point(bits: int) -> int:
     return 1 << (bits - 1)
 
 
-def fit(weights: npt.NDArray[np.float32], bits: int, block_size: int) -> Blocks:
+def fit(
+    weights: npt.NDArray[np.float32], bits: int, block_size: int, scale_dtype: npt.DTypeLike = np.float32
+) -> Blocks:
     """Quantise rows so that the squared error of each block is small.
 
     8 bits round to nearest symmetrically: their error drowns in that of the int8 activations. 4 bits try several ranges
@@ -51,9 +67,10 @@ def fit(weights: npt.NDArray[np.float32], bits: int, block_size: int) -> Blocks:
         weights: (n, in) float32, finite.
         bits: 4 or 8.
         block_size: of MatMulNBits; a short last block is filled up with zeros.
+        scale_dtype: what scales will be rounded to. The 8-bit codes make up for it; beside 4 bits it is nothing.
     """
     rows = _blocked(weights, block_size)
-    return _round_symmetric(rows) if bits == 8 else _search(rows, bits)
+    return _round_symmetric(rows, scale_dtype) if bits == 8 else _search(rows, bits)
 
 
 def fit_channels(
@@ -105,9 +122,9 @@ def _blocked(weights: npt.NDArray[np.float32], block_size: int) -> npt.NDArray[n
     return weights.reshape(len(weights), -1, block_size)
 
 
-def _round_symmetric(rows: npt.NDArray[np.float32]) -> Blocks:
-    scales = np.abs(rows).max(axis=-1) / np.float32(127)
-    codes = np.rint(rows * _inverse(scales)[..., None]) + 128
+def _round_symmetric(rows: npt.NDArray[np.float32], scale_dtype: npt.DTypeLike) -> Blocks:
+    scales = (np.abs(rows).max(axis=-1) / np.float32(127)).astype(scale_dtype).astype(np.float32)
+    codes = np.clip(np.rint(rows * _inverse(scales)[..., None]) + 128, 0, 255)
     return Blocks(8, codes.astype(np.uint8), scales, np.full(scales.shape, 128, np.uint8))
 
 

@@ -34,9 +34,18 @@ class GraphWriter:
         file_name: of the graph; the data file's is this and ``.data``.
         lender: a graph of the same folder that holds all weights of this one under the same names, so that both have
             one data file. ``None``: this graph has its own.
+        opset: of ONNX's own operators.
     """
 
-    def __init__(self, folder: Path, file_name: str = MODEL_FILE, *, lender: "GraphWriter | None" = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        file_name: str = MODEL_FILE,
+        *,
+        lender: "GraphWriter | None" = None,
+        opset: int = _OPSET,
+    ) -> None:
+        self._opset = opset
         self._path = folder / file_name
         self._lender = lender
         self._data_path: Path = folder / f"{file_name}.data" if lender is None else lender._data_path
@@ -56,12 +65,12 @@ class GraphWriter:
 
     def input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> str:
         """Declare a graph input; a string in `shape` is a free dimension of that name."""
-        self._inputs.append(helper.make_tensor_value_info(name, _element_type(dtype), list(shape)))
+        self._inputs.append(helper.make_tensor_value_info(name, element_type(dtype), list(shape)))
         return name
 
     def output(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> str:
         """Declare a graph output, which a node must produce under this name."""
-        self._outputs.append(helper.make_tensor_value_info(name, _element_type(dtype), list(shape)))
+        self._outputs.append(helper.make_tensor_value_info(name, element_type(dtype), list(shape)))
         return name
 
     def node(self, op: str, inputs: Sequence[str], output: str, *, domain: str = "", **attributes: Any) -> str:
@@ -107,7 +116,7 @@ class GraphWriter:
         num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if self._lender is not None:
             lent = self._lender._initializers[name]
-            assert (lent.data_type, list(lent.dims)) == (_element_type(dtype), list(shape)), name
+            assert (lent.data_type, list(lent.dims)) == (element_type(dtype), list(shape)), name
             self._initializers[name] = lent
             return name
         alignment = _PAGE_BYTES if num_bytes >= _SMALL_BYTES else _SMALL_ALIGNMENT
@@ -115,7 +124,8 @@ class GraphWriter:
         self._data.write(bytes(start - self._data.tell()))
         for piece in pieces:
             assert piece.dtype == dtype, (name, piece.dtype, dtype)
-            self._data.write(np.ascontiguousarray(piece).data)
+            # As bytes: bfloat16 is no type that Python's buffers know.
+            self._data.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
         assert self._data.tell() - start == num_bytes, (name, self._data.tell() - start, num_bytes)
         self._initializers[name] = _external_tensor(self._data_path.name, name, dtype, shape, start, num_bytes)
         return name
@@ -141,7 +151,7 @@ class GraphWriter:
         graph = helper.make_graph(
             self._nodes, graph_name, self._inputs, self._outputs, list(self._initializers.values())
         )
-        opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(MICROSOFT, _MICROSOFT_OPSET)]
+        opsets = [helper.make_opsetid("", self._opset), helper.make_opsetid(MICROSOFT, _MICROSOFT_OPSET)]
         model = helper.make_model(
             graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="sardonyx", doc_string=""
         )
@@ -149,14 +159,15 @@ class GraphWriter:
         return [self._path, self._data_path]
 
 
-def _element_type(dtype: npt.DTypeLike) -> int:
+def element_type(dtype: npt.DTypeLike) -> int:
+    """ONNX's number for a type of numpy or ml_dtypes."""
     return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
 
 def _external_tensor(
     file_name: str, name: str, dtype: np.dtype[Any], shape: Sequence[int], offset: int, length: int
 ) -> TensorProto:
-    tensor = TensorProto(name=name, data_type=_element_type(dtype), dims=shape, data_location=TensorProto.EXTERNAL)
+    tensor = TensorProto(name=name, data_type=element_type(dtype), dims=shape, data_location=TensorProto.EXTERNAL)
     for key, value in (("location", file_name), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor

@@ -1,6 +1,6 @@
 """The nodes of linear layers, by how their matrix is stored.
 
-fp32 matrices go through Gemm, which takes them as they lie in a checkpoint, (out, in). Those of 7 bits go through
+Whole matrices go through Gemm, which takes them as they lie in a checkpoint, (out, in). Those of 7 bits go through
 MatMulIntegerToFloat, see `Linears._multiply_rows`. Others go through MatMulNBits, whose CPU kernels compute in two ways
 (ONNX Runtime 1.32, ``matmul_nbits.cc``):
 
@@ -8,14 +8,17 @@ MatMulIntegerToFloat, see `Linears._multiply_rows`. Others go through MatMulNBit
 - keeping them in fp32 (accuracy level 1): 4-bit weights only.
 
 Where exact activations are asked for, 8-bit weights get them from two passes of the first kind, see `Linears._split`.
+
+CUDA's kernels keep 16-bit activations as they are and know no levels.
 """
 
 import numpy as np
 
+from sardonyx_export.builders.floats import FloatKind
 from sardonyx_export.builders.graph import MICROSOFT, GraphWriter
 from sardonyx_export.builders.weights import Matrix
 
-_FP32_ACTIVATIONS, _INT8_ACTIVATIONS = 1, 4
+_SAME_ACTIVATIONS, _FP32_ACTIVATIONS, _INT8_ACTIVATIONS = 0, 1, 4
 
 
 class Linears:
@@ -25,16 +28,20 @@ class Linears:
         graph: receives the nodes.
         block_size: of all quantised matrices.
         has_exact_activations: activations keep their float32 precision.
+        floats: type of the activations.
     """
 
-    def __init__(self, graph: GraphWriter, block_size: int, *, has_exact_activations: bool) -> None:
+    def __init__(
+        self, graph: GraphWriter, block_size: int, *, has_exact_activations: bool, floats: FloatKind = "fp32"
+    ) -> None:
         self._graph = graph
         self._block_size = block_size
-        self._is_exact = has_exact_activations
+        self._is_exact = has_exact_activations and floats == "fp32"
+        self._floats: FloatKind = floats
         self._derived: set[str] = set()
 
     def apply(self, x: str, matrix: Matrix, *, bias: str = "", output: str | None = None) -> str:
-        """``x @ matrix.T + bias``: (T, in) float32 → (T, out).
+        """``x @ matrix.T + bias``: (T, in) → (T, out).
 
         Args:
             x: name of the input.
@@ -43,7 +50,7 @@ class Linears:
             output: name of the result; by default the matrix's.
         """
         output = output or matrix.name
-        if matrix.bits == 32:
+        if matrix.is_whole:
             return self._graph.node("Gemm", [x, matrix.codes, bias], output, transB=1)
         if matrix.bits == 7:
             return self._multiply_rows(x, matrix, bias, output)
@@ -58,6 +65,7 @@ class Linears:
 
     def _multiply(self, x: str, matrix: Matrix, bias: str, output: str) -> str:
         level = _FP32_ACTIVATIONS if self._is_exact and matrix.bits == 4 else _INT8_ACTIVATIONS
+        level = level if self._floats == "fp32" else _SAME_ACTIVATIONS
         return self._graph.node(
             "MatMulNBits",
             [x, matrix.codes, matrix.scales, matrix.zero_points, "", bias],

@@ -8,24 +8,28 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from sardonyx_export.builders import gguf_blocks
-from sardonyx_export.builders.blocks import Blocks, default_zero_point, fit, fit_channels, pack, widen
+from sardonyx_export.builders.block_scales import BlockScales
+from sardonyx_export.builders.blocks import Blocks, fit, fit_channels, pack, widen
+from sardonyx_export.builders.floats import DTYPES, FloatKind, as_floats
 from sardonyx_export.builders.graph import GraphWriter
 from sardonyx_export.checkpoint import Checkpoint, StoredTensor
 from sardonyx_export.errors import ExportError
 
-Precision = Literal["fp32", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 MatrixKind = Precision | Literal["int7_channels"]
 """``int7_channels``: 7 bits and one scale for a row of the matrix, an output channel."""
 Progress = Callable[[int, int], None]
 
-_BITS: dict[MatrixKind, int] = {"fp32": 32, "int8": 8, "int4": 4, "int7_channels": 7}
+_BITS: dict[MatrixKind, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "int7_channels": 7}
+# CUDA's product of 16-bit activations with blocks (ONNX Runtime 1.32, ``fpA_intB``) wants the out axis in steps of:
+_FUSED_ROWS = {8: 32, 4: 64}
 # Block formats whose writer spent more than 4 bits on a tensor, because it is worth them: int4 keeps it at 8.
 _FINE_FORMATS = ("Q5_", "Q6_", "Q8_")
 # Weights converted at once: numpy's passes over them stay in the processor's cache (a quarter faster than 1 << 22).
@@ -39,13 +43,18 @@ class Matrix(msgspec.Struct, frozen=True, kw_only=True):
     num_rows: int
     num_columns: int
     bits: int
-    """32: `codes` are the weights themselves. 7: `codes` are int8 as (in, out), `scales` are (out)."""
+    """32 or 16: `codes` are the weights themselves. 7: `codes` are int8 as (in, out), `scales` are (out)."""
     codes: str
     scales: str = ""
     zero_points: str = ""
     """Empty: the kernel's default."""
     offsets: str = ""
     """(out, blocks) float32, added to all weights of a block; empty: none."""
+
+    @property
+    def is_whole(self) -> bool:
+        """`codes` are the weights themselves."""
+        return self.bits in (16, 32)
 
 
 class WeightWriter:
@@ -56,15 +65,23 @@ class WeightWriter:
         checkpoint: holds the tensors.
         block_size: weights that share a scale.
         progress: called with the number of weights written and of all; may be ``None``.
+        floats: what the graph computes in: the type of whole weights and of scales.
     """
 
     def __init__(
-        self, graph: GraphWriter, checkpoint: Checkpoint, block_size: int, progress: Progress | None = None
+        self,
+        graph: GraphWriter,
+        checkpoint: Checkpoint,
+        block_size: int,
+        progress: Progress | None = None,
+        *,
+        floats: FloatKind = "fp32",
     ) -> None:
         self._graph = graph
         self._checkpoint = checkpoint
         self._block_size = block_size
         self._progress = progress
+        self._floats: FloatKind = floats
         self._num_written = 0
         self._num_weights = sum(math.prod(checkpoint.tensor(name).shape) for name in checkpoint.names())
         self._outcomes: dict[str, dict[str, None]] = {}
@@ -78,7 +95,7 @@ class WeightWriter:
         offset: float | npt.NDArray[np.float32] = 0.0,
         scale: float = 1.0,
     ) -> str:
-        """Norm weights or biases, one tensor after the other, each plus `offset` and times `scale`; float32.
+        """Norm weights or biases, one tensor after the other, each plus `offset` and times `scale`.
 
         An array is an offset for each value of a single tensor. A name that stands several times in a row is read once
         and laid down as often.
@@ -86,11 +103,11 @@ class WeightWriter:
         pieces = []
         for name, group in itertools.groupby(names):
             values = (self._read(self._tensor(name, None)) + np.asarray(offset, np.float32)) * np.float32(scale)
-            pieces += [values] * len(list(group))
+            pieces += [as_floats(values, self._floats, name)] * len(list(group))
         num_values = sum(map(len, pieces))
         if num_values != size:
             raise ExportError(f"has {num_values} values; the configuration asks for {size}", field=names[0])
-        return self._graph.weight(names[0], np.float32, (size,), pieces)
+        return self._graph.weight(names[0], DTYPES[self._floats], (size,), pieces)
 
     def array(self, name: str, shape: tuple[int, ...]) -> str:
         """A tensor as it is, in float32: a convolution's weights.
@@ -105,11 +122,17 @@ class WeightWriter:
         self._account(tensor.storage, "fp32")
         return self._graph.weight(name, np.float32, shape, [self._read(tensor)])
 
-    def bits(self, names: Sequence[str], kind: MatrixKind) -> int:
-        """Bits that a stack of tensors gets: those of `kind`, but 8 instead of 4 where its source has more."""
+    def bits(self, names: Sequence[str], kind: MatrixKind, num_rows: int, num_columns: int) -> int:
+        """Bits that a stack of tensors gets: those of `kind`, but 8 instead of 4 where its source has more.
+
+        In a 16-bit graph a shape that the fused kernel refuses stays whole: CUDA would make floats of all its weights
+        in every step.
+        """
         bits = _BITS[kind]
         is_fine = any(self._checkpoint.tensor(name).storage.startswith(_FINE_FORMATS) for name in names)
-        return 8 if bits == 4 and is_fine else bits
+        bits = 8 if bits == 4 and is_fine else bits
+        is_fused = num_rows % _FUSED_ROWS.get(bits, 1) == 0 and num_columns % self._block_size == 0
+        return bits if self._floats == "fp32" or is_fused else 16
 
     def matrix(
         self, name: str, tensor_names: Sequence[str], num_rows: int, num_columns: int, bits: int, scale: float = 1.0
@@ -121,14 +144,14 @@ class WeightWriter:
             tensor_names: in the order of their rows.
             num_rows: of the stack.
             num_columns: of each.
-            bits: 4, 7, 8 or 32, see `Matrix`.
+            bits: 4, 7, 8, or those of the graph's floats, see `Matrix`.
             scale: multiplies all weights.
 
         Raises:
             ExportError: a tensor is missing or the configuration asks for another shape.
         """
         tensors = self._stack(tensor_names, num_rows, num_columns)
-        writers = {32: self._write_floats, 7: self._write_channels}
+        writers = {32: self._write_floats, 16: self._write_floats, 7: self._write_channels}
         write = writers.get(bits, self._write_blocks)
         return write(name, tensors, num_rows, num_columns, bits, np.float32(scale))
 
@@ -212,12 +235,13 @@ class WeightWriter:
     def _write_floats(
         self, name: str, tensors: Sequence[StoredTensor], num_rows: int, num_columns: int, bits: int, scale: np.float32
     ) -> Matrix:
-        def pieces() -> Iterator[npt.NDArray[np.float32]]:
+        def pieces() -> Iterator[npt.NDArray[Any]]:
             for tensor in tensors:
-                self._account(tensor.storage, "fp32")
-                yield self._read(tensor) * scale if scale != 1 else self._read(tensor)
+                self._account(tensor.storage, self._floats)
+                values = self._read(tensor) * scale if scale != 1 else self._read(tensor)
+                yield as_floats(values, self._floats, tensor.name)
 
-        codes = self._graph.weight(name + ".weight", np.float32, (num_rows, num_columns), pieces())
+        codes = self._graph.weight(name + ".weight", DTYPES[self._floats], (num_rows, num_columns), pieces())
         return Matrix(name=name, num_rows=num_rows, num_columns=num_columns, bits=bits, codes=codes)
 
     def _write_blocks(
@@ -227,42 +251,26 @@ class WeightWriter:
         has_offsets = any(
             self._is_kept(tensor, bits) and tensor.storage in gguf_blocks.OFFSET_FORMATS for tensor in tensors
         )
-        # Codes go to disk as they come; the rest is an eighth of them or less and lies behind them in the file.
-        scales, zero_points, offsets = [], [], []
+        side = BlockScales(bits, self._floats, has_offsets=has_offsets)
 
         def pieces() -> Iterator[npt.NDArray[np.uint8]]:
             for tensor in tensors:
                 for blocks in self._blocks(tensor, bits):
-                    if not np.isfinite(blocks.scales).all():
-                        raise ExportError("holds a scale that is infinite or no number", field=tensor.name)
-                    scales.append(blocks.scales * scale)
-                    zero_points.append(blocks.zero_points)
-                    if has_offsets:
-                        offsets.append(
-                            np.zeros_like(blocks.scales) if blocks.offsets is None else blocks.offsets * scale
-                        )
+                    side.add(blocks, scale, tensor.name)
                     yield pack(blocks.codes, bits)
 
         bytes_per_block = self._block_size * bits // 8
         codes = self._graph.weight(name + ".codes", np.uint8, (num_rows, num_blocks, bytes_per_block), pieces())
-        packed_zero_points = ""
-        if any((points != default_zero_point(bits)).any() for points in zero_points):
-            packed_zero_points = self._graph.weight(
-                name + ".zero_points",
-                np.uint8,
-                (num_rows, -(-num_blocks * bits // 8)),
-                (pack(points, bits) for points in zero_points),
-            )
-        shape = (num_rows, num_blocks)
+        scales, zero_points, offsets = side.write(self._graph, name, num_rows, num_blocks)
         return Matrix(
             name=name,
             num_rows=num_rows,
             num_columns=num_columns,
             bits=bits,
             codes=codes,
-            scales=self._graph.weight(name + ".scales", np.float32, shape, scales),
-            zero_points=packed_zero_points,
-            offsets=self._graph.weight(name + ".offsets", np.float32, shape, offsets) if has_offsets else "",
+            scales=scales,
+            zero_points=zero_points,
+            offsets=offsets,
         )
 
     def _write_channels(
@@ -323,7 +331,8 @@ class WeightWriter:
             parts = (weights[start : start + step] for start in range(0, len(weights), step))
             # numpy lets go of the interpreter while it computes, so threads are enough.
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                yield from pool.map(lambda part: fit(part, bits, self._block_size), parts)
+                scale_dtype = DTYPES[self._floats]
+                yield from pool.map(lambda part: fit(part, bits, self._block_size, scale_dtype), parts)
             return
         raw = tensor.blocks()
         for start in range(0, len(raw), step):

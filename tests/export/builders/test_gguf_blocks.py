@@ -64,7 +64,7 @@ def test_onnx_runtime_multiplies_with_the_very_weights(storage: str, tmp_path_fa
         graph.input("x", np.float32, ["T", 512])
         graph.output("y", np.float32, ["T", 24])
         weights = WeightWriter(graph, checkpoint, 32)
-        bits = weights.bits(["w"], "int4")
+        bits = weights.bits(["w"], "int4", 24, 512)
         assert bits == (8 if storage == "Q8_0" else 4)
         matrix = weights.matrix("w", ["w"], 24, 512, bits)
         Linears(graph, 32, has_exact_activations=True).apply("x", matrix, output="y")
