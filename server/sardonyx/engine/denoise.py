@@ -36,6 +36,10 @@ class DenoiseOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Prompts encoded at once."""
 
 
+_SHARE_OF_OLDEST = 3
+"""Every so manieth round begins with the picture that has waited longest."""
+
+
 @dataclass(slots=True, eq=False)
 class _Entry:
     sequence: Sequence
@@ -47,9 +51,9 @@ class _Entry:
 class DenoisePolicy:
     """A `sardonyx.engine.loop.Policy` over `ImageRequest`s.
 
-    Rounds take turns: one begins with the picture that has least left to do, the next with the one that has waited
-    longest. So a short request among long ones gets at least every other round, and a long one is never forgotten.
-    Others of the same size fill the call up, those that waited longest first. What opens or ends a request goes before
+    Rounds take turns: two begin with the picture that has least left to do, the third with the one that has waited
+    longest. So a short request among long ones gets two rounds of three, and a long one is never forgotten. Others of
+    the same size fill the call up, those that waited longest first. What opens or ends a request goes before
     rounds: decoding, then prompts, then pictures to begin with.
 
     Args:
@@ -70,7 +74,8 @@ class DenoisePolicy:
         """In the order in which they started."""
         self._deadlines = Deadlines(self._find)
         self._events: list[SequenceEvent] = []
-        self._is_short_next = True
+        self._num_begun = 0
+        """Rounds scheduled."""
         self._turns = itertools.count(1)
         self._num_rounds = 0
 
@@ -136,9 +141,9 @@ class DenoisePolicy:
             return None
         by_turn = sorted(self._running.values(), key=lambda entry: entry.turn)
         first = by_turn[0]
-        if self._is_short_next:
+        self._num_begun += 1
+        if self._num_begun % _SHARE_OF_OLDEST:
             first = min(by_turn, key=lambda entry: entry.picture.num_rows_left)
-        self._is_short_next = not self._is_short_next
         chosen, num_rows = [first], first.picture.num_rows
         for entry in by_turn:
             if entry is first or entry.picture.size != first.picture.size:
