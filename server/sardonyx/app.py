@@ -5,6 +5,7 @@ Floor 6. `create_app` puts the parts together that it is given; `run` makes them
 
 import asyncio
 import contextlib
+import faulthandler
 import gc
 import logging
 import shlex
@@ -39,6 +40,7 @@ from sardonyx.api.openai.tokens import TokensController
 from sardonyx.api.openapi import openapi_config
 from sardonyx.api.ops import OpsController
 from sardonyx.api.server import DrainingServer, bind
+from sardonyx.api.systemd import ServiceManager, report
 from sardonyx.api.textgen.billing import BillingController
 from sardonyx.api.textgen.internal import InternalController
 from sardonyx.errors import ConfigError, ServeError
@@ -68,11 +70,18 @@ class Ending:
         """Begins the end. On the event loop."""
 
 
-def create_app(settings: Settings, registry: Registry, metrics: Metrics, ending: Ending | None = None) -> Litestar:
+def create_app(
+    settings: Settings,
+    registry: Registry,
+    metrics: Metrics,
+    ending: Ending | None = None,
+    manager: ServiceManager | None = None,
+) -> Litestar:
     """The ASGI application. Its lifespan starts and closes the registry and the other ports.
 
     Args:
         ending: told where the lifespan cannot go on.
+        manager: told how it goes.
     """
     own_hosts = ("localhost", "127.0.0.1", "[::1]", _url_host(settings.host))
     keeper = Gatekeeper(
@@ -115,7 +124,10 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics, ending:
         cors_config=_cors(settings),
         openapi_config=openapi_config(__version__, needs_key=bool(settings.api_keys)),
         logging_config=None,
-        lifespan=[lambda _: _running(settings, registry, metrics, service, keeper, ending)],
+        lifespan=[
+            lambda _: _reporting(manager, registry),
+            lambda _: _running(settings, registry, metrics, service, keeper, ending),
+        ],
     )
     app.asgi_handler = Front(Shortcut(kserve, app.asgi_handler), metrics)
     return app
@@ -136,12 +148,18 @@ def run(settings: Settings) -> None:
     with bind(settings.host, settings.port) as listener:
         settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
         ending = Ending()
-        app = create_app(settings, registry, metrics, ending)
+        manager = ServiceManager.from_environment()
+        if manager is not None:
+            # A watchdog ends us with SIGABRT: the log then says where each thread was.
+            faulthandler.enable()
+        app = create_app(settings, registry, metrics, ending, manager)
         front = app.asgi_handler
         assert isinstance(front, Front)
 
         async def drain(with_grace: bool) -> None:
             front.is_draining = True
+            if manager is not None:
+                manager.tell("STOPPING=1")
             await registry.drain(settings.drain_grace_s if with_grace else 0.0, settings.drain_timeout_s)
 
         # What is imported is never freed: 70,000 objects, which cost each full collection 25 to 40 ms without a token.
@@ -257,6 +275,21 @@ async def _running(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def _reporting(manager: ServiceManager | None, registry: Registry) -> AsyncIterator[None]:
+    """From before the first model is loaded until the last one is closed."""
+    if manager is None:
+        yield
+        return
+    task = asyncio.create_task(report(manager, registry))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        manager.close()
 
 
 async def _open_ports(

@@ -255,11 +255,20 @@ class Registry:
             reasons.append("the server is shutting down")
         if self._is_strict:
             reasons += missing(self._entries, self._lifecycle.needed)
-        return reasons + stuck(self._entries)
+        return reasons + self.stuck_reasons()
+
+    def stuck_reasons(self) -> "list[str]":
+        """Engines that stopped or make no progress; safe to show."""
+        return stuck(self._entries)
 
     def is_ready(self) -> bool:
         """Accepting, every startup model READY (where that is asked for), and every engine alive and moving."""
         return not self.unready_reasons()
+
+    def has_settled(self) -> bool:
+        """Each model of the start was loaded or has failed."""
+        needed = (self._entries[name] for name in self._lifecycle.needed if name in self._entries)
+        return self._has_started and not any(entry.state is ModelState.LOADING for entry in needed)
 
     @property
     def is_live(self) -> bool:
