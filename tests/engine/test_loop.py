@@ -374,3 +374,22 @@ def test_stats_are_of_one_moment_and_tell_how_long_work_has_stood_still(make_ben
     assert stats.step_tokens == 8 + 6 - 2
     assert stats.step_s_sum == 3.0
     assert (stats.last_step_rows, stats.last_step_tokens, stats.last_step_s) == (1, 1, 0.0)
+
+
+def test_a_loop_prepares_in_its_own_thread_before_it_has_started(make_bench):
+    threads = []
+    bench = make_bench(prepare=lambda: threads.append(threading.current_thread().name))
+    assert threads == ["step-loop-tiny"]
+    bench.loop.submit(request("a"))
+    bench.inbox.wait_for_end("a")
+
+
+def test_a_loop_that_cannot_prepare_does_not_start():
+    runner = FakeRunner(LIMITS)
+    loop = StepLoop("tiny", ContinuousPolicy(LIMITS), runner, Inbox(), prepare=lambda: fail(None))
+    with pytest.raises(EngineError, match="the session failed"):
+        loop.start()
+    assert not loop.is_alive
+    with pytest.raises(EngineDead):
+        loop.submit(request("a"))
+    loop.close(TIMEOUT_S)

@@ -13,6 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Generic, Protocol, runtime_checkable
 
@@ -111,6 +112,7 @@ class StepLoop(Generic[B, O]):
         deliver: called in the loop's thread with all events of a step. It must return at once and never raise.
         clock: monotonic seconds.
         max_failed_steps: so many steps failed one after the other are a broken runner, not bad luck: the loop dies.
+        prepare: called in the loop's thread before anything else there.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class StepLoop(Generic[B, O]):
         *,
         clock: Callable[[], float] = time.monotonic,
         max_failed_steps: int = 5,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._name = name
         self._policy = policy
@@ -129,6 +132,8 @@ class StepLoop(Generic[B, O]):
         self._deliver = deliver
         self._clock = clock
         self._max_failed_steps = max_failed_steps
+        self._prepare = prepare
+        self._prepared: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=f"step-loop-{name}", daemon=True)
         self._is_idle = True
         self._num_failed_in_a_row = 0
@@ -148,10 +153,15 @@ class StepLoop(Generic[B, O]):
         self._steps = StepCounts()
 
     def start(self) -> None:
-        """Start the thread. Once, and not after `close`."""
+        """Start the thread, and return when it has prepared. Once, and not after `close`.
+
+        Raises:
+            Exception: what `prepare` raised; the loop takes no requests.
+        """
         with self._changed:
             self._is_open = True
         self._thread.start()
+        self._prepared.result()
 
     @property
     def is_alive(self) -> bool:
@@ -229,6 +239,13 @@ class StepLoop(Generic[B, O]):
 
     def _run(self) -> None:
         end: tuple[FinishReason, str | None] = (FinishReason.ERROR, f"the engine of {self._name} has stopped")
+        try:
+            self._prepare()
+        except Exception as error:
+            self._end_all(*end)
+            self._prepared.set_exception(error)
+            return
+        self._prepared.set_result(None)
         try:
             while self._apply_inbox():
                 self._step()
