@@ -3,6 +3,7 @@ its own tokens and one end, and no block is lost or read by the wrong sequence."
 
 import random
 from collections import Counter
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -48,8 +49,12 @@ class PagedBatching(RuleBasedStateMachine):
         step_s=st.sampled_from([1e-6, 0.004, 0.1]),
         is_late=st.booleans(),
         is_scored_followed=st.booleans(),
+        growth_tokens=st.sampled_from([0, 4, 32]),
     )
-    def start(self, num_slots, num_blocks, max_chunk_tokens, room, step_s, is_late, is_scored_followed):
+    def start(self, num_slots, num_blocks, max_chunk_tokens, room, step_s, is_late, is_scored_followed, growth_tokens):
+        # Less room to grow than in production, so that there is more to preempt.
+        self.patch = mock.patch("sardonyx.engine.paged_roster.GROWTH_TOKENS", growth_tokens)
+        self.patch.start()
         limits = make_paged_limits(
             num_slots=num_slots,
             max_model_len=MAX_MODEL_LEN,
@@ -198,6 +203,12 @@ class PagedBatching(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "driver"):
             return
+        try:
+            self.check_ends()
+        finally:
+            self.patch.stop()
+
+    def check_ends(self):
         driver = self.driver
         driver.is_overlapped = True
         num_tokens = sum(len(each.prompt_ids) + each.max_tokens for each in self.requests.values())
