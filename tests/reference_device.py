@@ -1,4 +1,4 @@
-"""A device without a card: graphs in `onnx.reference`, work that is done late, and a record of what it was given.
+"""A device without a card: graphs in `onnx.reference` or on the CPU, work that is done late, a record of all of it.
 
 It keeps the promises of `sardonyx.runtime.device.Device` and no others. Nothing is done before a mark is waited for, so
 host memory that is overwritten too early changes numbers; a captured graph reads and writes where it was captured, host
@@ -16,14 +16,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx.reference import ReferenceEvaluator
-from tests.paged_reference import OPERATORS
-from tests.tiny_paged import Draw
+from tests.paged_reference import evaluator
 
 from sardonyx.errors import EngineError
 from sardonyx.runtime.device import ALIGNMENT, EAGER, Bytes, DeviceTensor, aligned
 from sardonyx.runtime.dtypes import DATATYPES
-from sardonyx.runtime.session import TensorSpec
+from sardonyx.runtime.session import TensorSpec, open_session
 
 Array = npt.NDArray[Any]
 _BY_ELEMENT_TYPE = {datatype.element_type: datatype for datatype in DATATYPES.values()}
@@ -133,8 +131,8 @@ class ReferenceSession:
     def __init__(self, device: ReferenceDevice, path: Path) -> None:
         self.device = device
         self.graph = path.stem
-        self.evaluator = ReferenceEvaluator(onnx.load(path), new_ops=[*OPERATORS, Draw])
         model = onnx.load(path, load_external_data=False)
+        self.compute = _opened(path, model)
         self.inputs = {value.name: _spec(value) for value in model.graph.input}
         self.outputs = {value.name: _spec(value) for value in model.graph.output}
         self.captured: dict[int, tuple[dict[str, Any], dict[str, DeviceTensor]]] = {}
@@ -196,7 +194,7 @@ class ReferenceBinding:
 def _compute(session: ReferenceSession, inputs: dict[str, Any], outputs: dict[str, DeviceTensor]) -> None:
     feeds = {name: tensor_at(each) if isinstance(each, DeviceTensor) else each for name, each in inputs.items()}
     names = list(outputs)
-    for name, value in zip(names, session.evaluator.run(names, feeds), strict=True):
+    for name, value in zip(names, session.compute(names, feeds), strict=True):
         target = tensor_at(outputs[name])
         assert value.shape == target.shape, f"{name} is {value.shape}, bound as {target.shape}"
         assert value.dtype == target.dtype, f"{name} is {value.dtype}, bound as {target.dtype}"
@@ -204,6 +202,15 @@ def _compute(session: ReferenceSession, inputs: dict[str, Any], outputs: dict[st
             target[...] = value
     if session.device.on_run is not None:
         session.device.on_run(session.graph)
+
+
+def _opened(path: Path, model: onnx.ModelProto) -> Callable[[list[str], dict[str, Array]], list[Array]]:
+    """What runs a graph: ONNX Runtime's CPU where it has all operators, else `onnx.reference`."""
+    if any(node.op_type == "PagedAttention" for node in model.graph.node):
+        reference = evaluator(path)
+        return lambda names, feeds: reference.run(names, feeds)
+    session = open_session(path, model_name="reference")
+    return lambda names, feeds: list(session.run(feeds, names).values())
 
 
 def bytes_at(address: int, num_bytes: int) -> Bytes:

@@ -9,16 +9,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
-from onnx.reference.op_run import OpRun
-from tests.runners.naive_sampler import weights_left
 from tests.tiny_models import TinyDecoder, _GraphWriter
 
-from sardonyx.core import SamplingParams
 from sardonyx.repository import families
 from sardonyx_export.builders.feed import build_feed
+from sardonyx_export.builders.sampler import build_sampler
 
 BLOCK_SIZE = 16
-TESTS = "sardonyx.tests"
 
 
 def paged_language_model(sizes: TinyDecoder) -> families.LanguageModel:
@@ -37,37 +34,11 @@ def paged_language_model(sizes: TinyDecoder) -> families.LanguageModel:
 def make_paged_model(folder: Path, sizes: TinyDecoder) -> dict[str, Path]:
     """Write ``decoder.onnx``, ``sampler.onnx`` and ``feed.onnx``, and return their paths by role."""
     onnx.save_model(_PagedWriter(sizes).decoder(), folder / "decoder.onnx")
-    onnx.save_model(_sampler(sizes.vocab_size), folder / "sampler.onnx")
     return {
         "decoder": folder / "decoder.onnx",
-        "sampler": folder / "sampler.onnx",
+        "sampler": build_sampler(sizes.vocab_size, folder)[0],
         "feed": build_feed(folder)[0],
     }
-
-
-class Draw(OpRun):
-    """The whole contract of the graph ``sampler``, by the book."""
-
-    op_domain = TESTS
-
-    def _run(self, logits, temperature, top_k, top_p, min_p, uniform):
-        rows = zip(logits, temperature, top_k, top_p, min_p, uniform, strict=True)
-        drawn = [self._draw(*row) for row in rows]
-        token_ids, logprobs, is_finite = zip(*drawn, strict=True)
-        return np.array(token_ids, np.int64), np.array(logprobs, np.float32), np.array(is_finite, np.bool_)
-
-    def _draw(self, logits, temperature, top_k, top_p, min_p, uniform):
-        if not np.isfinite(logits.max()):
-            return 0, 0.0, False
-        token_id = int(logits.argmax())
-        if temperature > 0:
-            params = SamplingParams(
-                temperature=float(temperature), top_k=int(top_k), top_p=float(top_p), min_p=float(min_p)
-            )
-            cumulated = weights_left(logits, params).cumsum(dtype=np.float64)
-            token_id = int(np.searchsorted(cumulated, uniform * cumulated[-1], side="right"))
-        wide = logits.astype(np.float64) - logits.max()
-        return token_id, wide[token_id] - np.log(np.exp(wide).sum()), True
 
 
 class _PagedWriter(_GraphWriter):
@@ -138,29 +109,11 @@ def tiny_sizes(**changes: int) -> TinyDecoder:
     return replace(TinyDecoder(vocab_size=64, max_model_len=96), **changes)
 
 
-def _sampler(vocab_size: int) -> onnx.ModelProto:
-    inputs = [
-        _port("logits", TensorProto.FLOAT, "N", vocab_size),
-        _port("temperature", TensorProto.FLOAT, "N"),
-        _port("top_k", TensorProto.INT64, "N"),
-        _port("top_p", TensorProto.FLOAT, "N"),
-        _port("min_p", TensorProto.FLOAT, "N"),
-        _port("uniform", TensorProto.FLOAT, "N"),
-    ]
-    outputs = [
-        _port("token_ids", TensorProto.INT64, "N"),
-        _port("logprobs", TensorProto.FLOAT, "N"),
-        _port("is_finite", TensorProto.BOOL, "N"),
-    ]
-    names = [port.name for port in inputs], [port.name for port in outputs]
-    return _model([helper.make_node("Draw", *names, domain=TESTS)], inputs, outputs, [])
-
-
 def _port(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, list(shape))
 
 
 def _model(nodes, inputs, outputs, initializers) -> onnx.ModelProto:
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1), helper.make_opsetid(TESTS, 1)]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     graph = helper.make_graph(nodes, "tiny_paged", inputs, outputs, initializers)
     return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="sardonyx tests")
