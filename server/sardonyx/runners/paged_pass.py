@@ -92,7 +92,7 @@ class PagedPass:
             for _ in range(2)
         ]
         """Memory for two steps."""
-        self._eager = self._new_bindings()
+        self._eager: _Bindings | None = self._new_bindings()
         self._captured: dict[Bucket, _Captured] = {}
         metadata_shape = graphs.decoder.inputs[METADATA].shape
         self._num_bounds = metadata_shape[0] if isinstance(metadata_shape[0], int) else 3
@@ -133,18 +133,21 @@ class PagedPass:
         return self._memory.logits(self._memory.max_rows)
 
     def _start_eager(self, rows: StepRows, host: HostSide, own_logits: int) -> DeviceTensor:
+        eager = self._eager
+        if eager is None:
+            raise EngineError(f"model {self._graphs.model_name} is unloaded")
         layout, num_logits = StepLayout(rows.sizes), len(rows.logits_index)
         logits = self._memory.logits(num_logits)
         if own_logits:
             logits = DeviceTensor(own_logits, logits.shape, logits.datatype)
         longest = int((rows.num_past + rows.num_new).max())
-        self._bind(self._eager, layout, rows.sizes, logits)
-        self._eager.decoder.bind_input(METADATA, self._bounds(int(rows.num_new.max()), longest, longest))
+        self._bind(eager, layout, rows.sizes, logits)
+        eager.decoder.bind_input(METADATA, self._bounds(int(rows.num_new.max()), longest, longest))
         self._write(rows, layout, host)
-        self._eager.feed.run()
-        self._eager.decoder.run()
+        eager.feed.run()
+        eager.decoder.run()
         if rows.sizes.num_draws:
-            self._eager.sampler.run()
+            eager.sampler.run()
         return logits
 
     def warm_up(self) -> None:
@@ -182,7 +185,9 @@ class PagedPass:
 
     def close(self) -> None:
         """Give back all memory but that of the graphs. Idempotent."""
+        # Bindings first: a session lives on in them, and it must be gone before its stream.
         self._captured.clear()
+        self._eager = None
         self._memory.close()
 
     def _capture(self, bucket: Bucket, decoder_id: int) -> _Captured:
