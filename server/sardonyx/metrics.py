@@ -107,6 +107,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("step_duration_seconds", "histogram", "Length of the engine's steps.", bounds=_STEP_S, is_shared=False),
     Family("step_tokens", "counter", "Tokens that the engine's steps computed.", is_shared=False),
     Family("failed_steps", "counter", "Steps that ended in an error.", is_shared=False),
+    Family("engine_builds", "counter", "Engines of TensorRT that loads have built.", is_shared=False),
+    Family("engine_build_seconds", "counter", "Seconds that these builds took.", is_shared=False),
+    Family("engine_cache_hits", "counter", "Engines that loads found in the engine cache.", is_shared=False),
     Family(
         "admission_rejections",
         "counter",
@@ -242,6 +245,7 @@ class ModelMetrics:
         self._engine = _Engine((), dict.fromkeys(_ENGINE_COUNTERS, 0), Histogram("step_duration_seconds"))
         self._cache_info: tuple[int, int] | None = None
         self._finished: dict[str, int] = {}
+        self._engine_builds: tuple[int, float, int] | None = None
         self._histograms = {name: Histogram(name) for name in _REQUEST_HISTOGRAMS}
 
     def attach(self, stats: Callable[[], EngineStats]) -> None:
@@ -262,6 +266,16 @@ class ModelMetrics:
     def set_cache_info(self, *, block_size: int, num_blocks: int) -> None:
         """How large the KV cache is. On the CPU: the slot's capacity in tokens, and the number of slots."""
         self._cache_info = (block_size, num_blocks)
+
+    def count_engine_build(self, seconds: float) -> None:
+        """A load has built an engine. Called by the thread that loads the model."""
+        builds, total_s, hits = self._engine_builds or (0, 0.0, 0)
+        self._engine_builds = (builds + 1, total_s + seconds, hits)
+
+    def count_engine_hit(self) -> None:
+        """A load has found an engine in the cache. As `count_engine_build`."""
+        builds, total_s, hits = self._engine_builds or (0, 0.0, 0)
+        self._engine_builds = (builds, total_s, hits + 1)
 
     def observe_ttft(self, seconds: float) -> None:
         """A sequence got its first token, so long after its request arrived."""
@@ -312,6 +326,10 @@ class ModelMetrics:
         for each in stats:
             steps = steps.plus(each.step_s_counts, each.step_s_sum)
         yield "step_duration_seconds", (), steps
+        if (engines := self._engine_builds) is not None:
+            yield "engine_builds", (), engines[0]
+            yield "engine_build_seconds", (), engines[1]
+            yield "engine_cache_hits", (), engines[2]
         for reason, count in list(self._finished.items()):
             yield "request_success", (reason,), count
         for name, histogram in self._histograms.items():

@@ -109,6 +109,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Ready means that every model of the start is. Without it: that requests are taken."""
     exit_on_error: bool = False
     """End the process, with code 2, where a model of the start cannot be loaded."""
+    engine_cache: Path = Path("engine_cache")
+    """Folder for the engines that TensorRT builds. It may be deleted at any time: the next load builds them again."""
     auto_complete_config: bool = True
     """Fill in what a tensor model's `config.pbtxt` leaves out, from its ONNX file."""
     allow_file_override: bool = False

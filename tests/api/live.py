@@ -50,6 +50,9 @@ class ScriptSource:
         self.served[name] = served
         return loaded(served.model)
 
+    def progress(self, name: str) -> str:
+        return ""
+
     def close(self) -> None:
         for served in self.served.values():
             served.pool.close()

@@ -104,6 +104,8 @@ class FakeSource:
         """Called in the loading thread before a model is put together, when its parts are known to be there."""
         self.loads: list[tuple[str, str]] = []
         """Models in the order of their loads, with the config that was brought along."""
+        self.waits_for: dict[str, str] = {}
+        """What loads wait for, by model."""
         self.made: list[FakeVersion] = []
         self.registry: Registry | None = None
         self._lock = threading.Lock()
@@ -152,6 +154,9 @@ class FakeSource:
         made = FakeVersion(name, version, edition, call_parts if depends_on else None)
         self.made.append(made)
         return made
+
+    def progress(self, name: str) -> str:
+        return self.waits_for.get(name, "")
 
     def close(self) -> None:
         """Models share nothing."""

@@ -281,6 +281,9 @@ class TaskSource:
         version.task = self.tasks[name]
         return LoadedModel(versions={1: version})
 
+    def progress(self, name: str) -> str:
+        return ""
+
     def close(self) -> None:
         """Models share nothing."""
 

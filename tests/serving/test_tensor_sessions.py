@@ -6,11 +6,13 @@ import pytest
 from tests import tiny_tensors
 from tests.serving.tensor_serving import pair, run, tensor_model, values, write_add_sub
 
+from sardonyx.metrics import Metrics
 from sardonyx.repository.autocomplete import complete_config
 from sardonyx.repository.config import load_config
 from sardonyx.repository.tensor_config import read_placement
 from sardonyx.runtime.session import Session
 from sardonyx.serving import quick_models, tensor_sessions
+from sardonyx.serving.engines import Engines, GraphPlace
 from sardonyx.serving.registry import Registry
 from sardonyx.serving.tensor_sessions import SessionOpener
 
@@ -18,7 +20,9 @@ from sardonyx.serving.tensor_sessions import SessionOpener
 def opener(root: Path, config: str, *, num_threads: int = 4) -> SessionOpener:
     folder = tiny_tensors.write_model(root, "m", tiny_tensors.add_sub(), config=config)
     parsed = complete_config(load_config(folder), [], [], num_gpus=0, auto_complete=False)
-    return SessionOpener(folder / "1" / "model.onnx", folder, read_placement(parsed), num_threads)
+    engines = Engines(root / "engines", Metrics("test"))
+    place = GraphPlace(path=folder / "1" / "model.onnx", model="m")
+    return SessionOpener(engines, place, folder, read_placement(parsed), num_threads)
 
 
 def num_threads(session: Session | None) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 
 import msgspec
-from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from sardonyx.errors import ConfigError
 from sardonyx.repository.config import FILE_NAME
@@ -83,6 +83,11 @@ def read_providers(
     ordered += [choices[name] for name in choices if name in _CPU]
     ordered.append(ProviderChoice("cpu"))
     return ordered, _pinned_notes(config)
+
+
+def requires_gpu(config: ModelConfig) -> bool:
+    """Whether the operator's config, before anything is filled in, insists on a card (KIND_GPU)."""
+    return any(group.kind == ModelInstanceGroup.KIND_GPU for group in config.instance_group)
 
 
 def tensorrt_options(parameters: Mapping[str, str]) -> dict[str, str]:

@@ -22,6 +22,9 @@ class DiffusionModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Rows of a unet call at most; a picture with guidance takes two."""
     max_pixels: Annotated[int, Meta(ge=64, le=1 << 26)] | None = None
     """Of a picture at most; by default four times those of the size that the model was trained for."""
+    max_side: Annotated[int, Meta(ge=64, le=1 << 16)] | None = None
+    """Height and width of a picture at most; never below the size that the model was trained for. Without it there is
+    no limit but `max_pixels`; on TensorRT, whose engines have to know one, it is the side of a square of so many."""
     max_steps: Annotated[int, Meta(ge=1, le=1000)] | None = None
     """Of a picture at most; by default 100."""
     moderator: str | None = None

@@ -18,6 +18,7 @@ ALGORITHM_SEARCHES: tuple[Literal["EXHAUSTIVE", "HEURISTIC", "DEFAULT"], ...] = 
 ARENA_STRATEGIES: tuple[Literal["kNextPowerOfTwo", "kSameAsRequested"], ...] = ("kNextPowerOfTwo", "kSameAsRequested")
 
 _DEVICE_ALLOCATOR = "session.use_device_allocator_for_initializers"
+_NO_FALLBACK = "session.disable_cpu_ep_fallback"
 _ARENA_SHRINKAGE = "memory.enable_memory_arena_shrinkage"
 _SHARED_SESSION = "share_session_between_instances"
 _MAX_THREADS = 4096
@@ -68,7 +69,7 @@ def read_session_parameters(config: ModelConfig, *, file: str = FILE_NAME) -> Se
         num_inter_op_threads=int(values.get("inter_op_thread_count", 0)) or None,
         enable_arena=_as_bool(values.get("enable_mem_arena")),
         enable_mem_pattern=_as_bool(values.get("enable_mem_pattern")),
-        session_entries={key: values[key] for key in (_DEVICE_ALLOCATOR,) if key in values},
+        session_entries={key: values[key] for key in (_DEVICE_ALLOCATOR, _NO_FALLBACK) if key in values},
         run_entries={key: values[key] for key in (_ARENA_SHRINKAGE,) if key in values},
         cuda_options={key: values[key] for key in _CUDA if key in values},
         notes=[f"{_SHARED_SESSION} changes nothing: instances on one device always share a session"]
@@ -142,6 +143,7 @@ _PARSERS: dict[str, Callable[[str], str]] = {
     "enable_mem_arena": parse_flag,
     "enable_mem_pattern": parse_flag,
     _DEVICE_ALLOCATOR: parse_flag,
+    _NO_FALLBACK: parse_flag,
     _ARENA_SHRINKAGE: _parse_shrinkage,
     _SHARED_SESSION: parse_flag,
     **_CUDA,

@@ -99,5 +99,5 @@ def check_version(options: Mapping[str, str], version: Version) -> None:
 
 
 def shown(version: Version) -> str:
-    """``10.13.2``"""
+    """As people write it: ``10.13.2``."""
     return ".".join(map(str, version))

@@ -141,6 +141,15 @@ class GraphReader:
             if wire == _BYTES:
                 yield number, start, position
 
+    def number(self, wanted: int, position: int, end: int) -> int | None:
+        """The last varint field of that number; ``None`` without one. Raises ConfigError."""
+        value = None
+        while position < end:
+            number, wire, start, position = self._field(position, end)
+            if number == wanted and wire == _VARINT:
+                value, _ = self._varint(start, position)
+        return value
+
     def data(self, start: int, end: int) -> bytes:
         """What lies there."""
         return bytes(self._data[start:end])

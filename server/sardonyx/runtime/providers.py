@@ -12,6 +12,8 @@ import onnxruntime as ort
 
 from sardonyx.errors import ConfigError
 
+ORT_VERSION: str = ort.__version__
+
 
 @dataclass(frozen=True, slots=True)
 class ExecutionProvider:

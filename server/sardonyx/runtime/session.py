@@ -21,6 +21,7 @@ from sardonyx.errors import ConfigError, EngineError
 from sardonyx.runtime.dtypes import Datatype, from_ort_name
 from sardonyx.runtime.external_data import check_external_data
 from sardonyx.runtime.function_check import check_functions
+from sardonyx.runtime.placement import NO_FALLBACK_ENTRY, RECORD_ENTRY, check_placement, refused_cpu
 from sardonyx.runtime.providers import ExecutionProvider, execution_provider
 
 _ort_logger = logging.getLogger("sardonyx.onnxruntime")
@@ -94,6 +95,8 @@ class SessionConfig:
     """ONNX Runtime's session config entries."""
     run_entries: dict[str, str] = field(default_factory=dict)
     """ONNX Runtime's run config entries."""
+    is_strict: bool = False
+    """Nothing but shapes may be computed on the CPU where another provider comes first."""
 
 
 _GRAPH_LEVELS = {
@@ -236,8 +239,9 @@ class Session:
 def open_session(path: Path, *, model_name: str, provider: str = "cpu", config: SessionConfig | None = None) -> Session:
     """Open a graph for serving.
 
-    Its external data and its functions are checked first. Nodes that the provider cannot run are an error, never
-    moved to another one in silence: a model that half runs on the wrong device looks like a slow one. Memory patterns
+    Its external data and its functions are checked first. A provider that cannot be set up, or leaves nodes to the CPU
+    where that was not allowed, is an error and never replaced by another one in silence: a model that half runs on the
+    wrong device looks like a slow one; see `placement.check_placement`. Memory patterns
     are off: ONNX Runtime keeps one for each combination of input shapes, and a packed step hardly ever has those of
     another.
 
@@ -245,11 +249,12 @@ def open_session(path: Path, *, model_name: str, provider: str = "cpu", config: 
         path: of ``model.onnx``.
         model_name: for messages and logs.
         provider: a name that `execution_provider` knows.
-        config: an operator's choices, for plain tensor models. Its providers replace `provider`, and leave nodes that
-            they cannot run to the CPU, as Triton does.
+        config: an operator's choices. Its providers replace `provider`, and leave nodes that they cannot run to the
+            CPU, as Triton does, unless it is strict.
 
     Raises:
-        ConfigError: the file or its external data is missing, unsafe or no ONNX graph that this build runs.
+        ConfigError: the file or its external data is missing, unsafe or no ONNX graph that this build runs, or it does
+            not run where it was asked to.
     """
     _prepare_process()
     config = config or SessionConfig()
@@ -259,6 +264,8 @@ def open_session(path: Path, *, model_name: str, provider: str = "cpu", config: 
     check_functions(path)
     options = _session_options(resolved, config)
     options.add_session_config_entry(_FOLDING_LIMIT, str(_max_folded_bytes(path)))
+    if config.session_entries.get(NO_FALLBACK_ENTRY) == "1":
+        providers = tuple(each for each in providers if each.name != "cpu")  # they contradict each other
     try:
         session = ort.InferenceSession(
             str(path),
@@ -269,12 +276,15 @@ def open_session(path: Path, *, model_name: str, provider: str = "cpu", config: 
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         _ort_logger.error("model %s: %s", model_name, error)
+        if (refusal := refused_cpu(error, providers)) is not None:
+            raise ConfigError(refusal.reason, file=path.name) from error
         raise ConfigError(
             f"ONNX Runtime {ort.__version__} cannot open it on the execution provider {resolved.name}; the log says "
             "why",
             file=path.name,
         ) from error
     try:
+        check_placement(session, providers, is_strict=config.is_strict)
         return Session(session, model_name, resolved, _run_options(config))
     except ConfigError as error:
         raise ConfigError(error.reason, file=path.name) from None
@@ -304,8 +314,10 @@ def _session_options(provider: ExecutionProvider, config: SessionConfig) -> ort.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     if not _threads.allow_spinning:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(BOUNDED_SPIN_US))
-    if provider.name != "cpu" and not config.providers:
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if provider.name != "cpu":
+        options.add_session_config_entry(RECORD_ENTRY, "1")
+        if not config.providers:
+            options.add_session_config_entry(NO_FALLBACK_ENTRY, "1")
     for key, value in config.session_entries.items():
         options.add_session_config_entry(key, value)
     return options

@@ -3,6 +3,7 @@
 Floor 4. Everything here blocks; the registry runs it in worker threads.
 """
 
+import math
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,13 +12,17 @@ from sardonyx.engine.loop import StepLoop
 from sardonyx.errors import ConfigError
 from sardonyx.metrics import Metrics
 from sardonyx.processing.prompt_tokens import PromptTokenizer
+from sardonyx.repository.device_placement import without_device
 from sardonyx.repository.diffusion_config import DiffusionModelOptions, diffusion_model_options
 from sardonyx.repository.families import Diffusion
 from sardonyx.repository.layout import ModelEntry
 from sardonyx.repository.scheduler_config import FILE_NAME, SchedulerConfig, read_scheduler_config
+from sardonyx.repository.tensorrt_bounds import DenoiseSteps, diffusion_bounds
 from sardonyx.runners.diffusion import DiffusionRunner, DiffusionSessions
+from sardonyx.runtime.providers import num_gpus
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.dispatch import EventDispatch
+from sardonyx.serving.engines import Engines
 from sardonyx.serving.entry import DIFFUSION_FAMILY
 from sardonyx.serving.image_generation import ImageGeneration
 from sardonyx.serving.image_tensors import painter_face
@@ -44,9 +49,14 @@ class DiffusionLoader:
 
     Args:
         find_judge: where the moderators are that models' configs name.
+        engines: opens the sessions; ``None``: of its own.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, find_judge: FindJudge) -> None:
+    def __init__(
+        self, settings: Settings, metrics: Metrics, find_judge: FindJudge, engines: Engines | None = None
+    ) -> None:
+        self._engines = engines or Engines(settings.engine_cache, metrics)
+        self._num_gpus = num_gpus()
         self._find_judge = find_judge
         self._settings = settings
         self._metrics = metrics
@@ -68,25 +78,24 @@ class DiffusionLoader:
         Raises:
             ConfigError: a file is missing or wrong.
         """
-        files = read_version(entry, version, {DIFFUSION_FAMILY}, "image model")
+        files = read_version(entry, version, {DIFFUSION_FAMILY}, "image model", num_gpus=self._num_gpus)
         name, diffusion = files.name, files.manifest.diffusion
         assert diffusion is not None
-        options = diffusion_model_options(entry.config, file=str(entry.config_path))
+        options = diffusion_model_options(without_device(entry.config), file=str(entry.config_path))
         scheduler = _read_scheduler(files.folder)
         tokenizers = [
             PromptTokenizer(files.folder / encoder.tokenizer, encoder.max_tokens, encoder.pad_token_id)
             for encoder in diffusion.encoders
         ]
+        limits = self._limits(files, options, diffusion)
+        steps = DenoiseOptions(
+            max_num_seqs=options.max_num_seqs or MAX_NUM_SEQS, max_batch_rows=options.max_batch_rows or MAX_BATCH_ROWS
+        )
         with ExitStack() as undo:
-            runner = _open_runner(files, diffusion)
+            runner = self._open_runner(files, diffusion, steps, limits)
             undo.callback(runner.close)
             runner.warm_up()
-            policy = DenoisePolicy(
-                DenoiseOptions(
-                    max_num_seqs=options.max_num_seqs or MAX_NUM_SEQS,
-                    max_batch_rows=options.max_batch_rows or MAX_BATCH_ROWS,
-                )
-            )
+            policy = DenoisePolicy(steps)
             dispatch = EventDispatch()
             engine = StepLoop(name, policy, runner, dispatch.deliver)
             dispatch.connect(engine)
@@ -104,7 +113,7 @@ class DiffusionLoader:
             calls,
             dispatch,
             pool=self._pool,
-            limits=self._limits(options, diffusion),
+            limits=limits,
             moderator=self._moderator(name, options),
         )
         return TaskTensorModel(task, painter_face(task), calls, entry.config, files)
@@ -114,28 +123,42 @@ class DiffusionLoader:
             return None
         return PictureModerator(name, options.moderator, self._find_judge, self._pool)
 
-    def _limits(self, options: DiffusionModelOptions, diffusion: Diffusion) -> ImageLimits:
+    def _open_runner(
+        self, files: VersionFiles, diffusion: Diffusion, steps: DenoiseOptions, limits: ImageLimits
+    ) -> DiffusionRunner:
+        bounds = diffusion_bounds(
+            diffusion,
+            DenoiseSteps(
+                max_batch_rows=steps.max_batch_rows,
+                max_batch_prompts=steps.max_batch_prompts,
+                max_side=limits.max_side or max(diffusion.size),
+            ),
+        )
+        with ExitStack() as undo:
+            sessions = files.open_graphs(undo, engines=self._engines, bounds=bounds)
+            parts = DiffusionSessions(
+                encoders=[sessions[encoder.graph] for encoder in diffusion.encoders],
+                unet=sessions["unet"],
+                vae_decoder=sessions["vae_decoder"],
+                vae_encoder=sessions.get("vae_encoder"),
+            )
+            runner = DiffusionRunner(parts, diffusion)
+            undo.pop_all()
+        return runner
+
+    def _limits(self, files: VersionFiles, options: DiffusionModelOptions, diffusion: Diffusion) -> ImageLimits:
         height, width = diffusion.size
+        max_pixels = options.max_pixels or _SIZES * height * width
+        max_side = options.max_side
+        if max_side is None and any(each.name == "tensorrt" for each in files.device.providers):
+            max_side = math.isqrt(max_pixels)
         return ImageLimits(
-            max_pixels=options.max_pixels or _SIZES * height * width,
+            max_pixels=max_pixels,
+            max_side=None if max_side is None else max(max_side, height, width),
             max_steps=options.max_steps or MAX_STEPS,
             timeout_s=self._settings.request_timeout_s,
             queue_timeout_s=self._settings.queue_timeout_s,
         )
-
-
-def _open_runner(files: VersionFiles, diffusion: Diffusion) -> DiffusionRunner:
-    with ExitStack() as undo:
-        sessions = files.open_graphs(undo)
-        parts = DiffusionSessions(
-            encoders=[sessions[encoder.graph] for encoder in diffusion.encoders],
-            unet=sessions["unet"],
-            vae_decoder=sessions["vae_decoder"],
-            vae_encoder=sessions.get("vae_encoder"),
-        )
-        runner = DiffusionRunner(parts, diffusion)
-        undo.pop_all()
-    return runner
 
 
 def _read_scheduler(folder: Path) -> SchedulerConfig:

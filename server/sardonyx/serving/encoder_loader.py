@@ -11,17 +11,21 @@ from sardonyx.errors import ConfigError
 from sardonyx.metrics import Metrics
 from sardonyx.processing.encoder_tokenizer import EncoderTokenizer
 from sardonyx.processing.tokenizer import TOKENIZER_FILE
+from sardonyx.repository.device_placement import without_device
 from sardonyx.repository.encoder_config import EncoderOptions, encoder_options
 from sardonyx.repository.layout import ModelEntry
 from sardonyx.repository.manifest import Manifest
+from sardonyx.repository.tensorrt_bounds import EncoderSteps, encoder_bounds
 from sardonyx.runners.encoder import EncoderGraphs, EncoderRunner
 from sardonyx.runtime.priority import in_modest_thread
+from sardonyx.runtime.providers import num_gpus
 from sardonyx.runtime.session import SessionConfig
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.classifier import TextClassifier
 from sardonyx.serving.embeddings import EmbeddingModel
 from sardonyx.serving.encoder import EncoderVersion
 from sardonyx.serving.encoder_tensors import classifier_face, embedding_face, reranker_face
+from sardonyx.serving.engines import Engines
 from sardonyx.serving.entry import ENCODER_FAMILIES
 from sardonyx.serving.event_inbox import EventInbox
 from sardonyx.serving.item_calls import ItemCalls
@@ -29,6 +33,7 @@ from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.reranker import RerankerModel
 from sardonyx.serving.task_tensors import Face, TaskTensorModel
 from sardonyx.serving.tasks import CategoryRule
+from sardonyx.serving.tensor_loader import MAX_FAILED_STEPS
 from sardonyx.serving.tensor_sessions import MAX_WIDE_BYTES
 from sardonyx.serving.version_files import VersionFiles, read_version
 from sardonyx.settings import Settings, usable_cores
@@ -40,7 +45,9 @@ NUM_EXPRESS = 1
 class EncoderLoader:
     """Loads embedding models, rerankers and text classifiers. What they share is made here."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, engines: Engines | None = None) -> None:
+        self._engines = engines or Engines(settings.engine_cache, metrics)
+        self._num_gpus = num_gpus()
         self._settings = settings
         self._metrics = metrics
         self._pool = WorkerPool()
@@ -60,13 +67,13 @@ class EncoderLoader:
             ConfigError: a file is missing or wrong, or config, manifest, tokenizer and graph do not suit each other.
         """
         file = str(entry.config_path)
-        files = read_version(entry, version, ENCODER_FAMILIES, "encoder model")
-        options = encoder_options(entry.config, file=file)
+        files = read_version(entry, version, ENCODER_FAMILIES, "encoder model", num_gpus=self._num_gpus)
+        options = encoder_options(without_device(entry.config), file=file)
         moderation = moderation_rules(files.manifest, options, file=file)
         facts = _facts(files, options, file)
         inbox = EventInbox()
         with ExitStack() as undo:
-            loop = self._open_loop(files, options, inbox, undo)
+            loop = self._open_loop(files, facts, options, inbox, undo)
             undo.pop_all()
         calls = ItemCalls(
             entry.name,
@@ -107,29 +114,41 @@ class EncoderLoader:
         return classifier, classifier_face(classifier)
 
     def _open_loop(
-        self, files: VersionFiles, options: EncoderOptions, inbox: EventInbox, undo: ExitStack
+        self, files: VersionFiles, facts: EncoderVersion, options: EncoderOptions, inbox: EventInbox, undo: ExitStack
     ) -> InstanceLoop:
         """Instances that run; `undo` closes what was opened until then.
 
         As with tensor models (see `tensor_sessions.SessionOpener`), the instances on the CPU share a session and divide
         its threads, and runs that are alone have a session with all of them. All but the express instance leave the
-        processor to others, so that a short call is soon through, and so is the event loop.
+        processor to others, so that a short call is soon through, and so is the event loop. A card has no cores to
+        divide.
         """
         encoder = files.manifest.encoder
         assert encoder is not None
-        num_instances = options.num_instances or min(2, self._num_threads)
+        on_card = files.device.gpu is not None
+        num_instances = options.num_instances or (1 if on_card else min(2, self._num_threads))
+        steps = self._policy_options(options, num_instances)
+        bounds = encoder_bounds(
+            encoder,
+            EncoderSteps(
+                max_batch_tokens=steps.max_batch_tokens,
+                max_batch_size=steps.max_batch_size,
+                max_model_len=facts.max_model_len,
+            ),
+        )
 
         def open_all(num_threads: int) -> EncoderGraphs:
-            opened = files.open_graphs(undo, SessionConfig(num_threads=num_threads))
+            config = SessionConfig(num_threads=num_threads)
+            opened = files.open_graphs(undo, config, engines=self._engines, bounds=bounds)
             return EncoderGraphs(opened["encoder"], opened.get("head"))
 
         shared = open_all(max(1, self._num_threads // num_instances))
         runner = EncoderRunner([shared] * (num_instances + NUM_EXPRESS), encoder)
-        if num_instances > 1 and self._num_threads > 1 and files.size_bytes <= MAX_WIDE_BYTES:
+        if not on_card and num_instances > 1 and self._num_threads > 1 and files.size_bytes <= MAX_WIDE_BYTES:
             # Its threads have the priority of those who open it.
             runner.use_alone(in_modest_thread(lambda: open_all(self._num_threads)))
         runner.warm_up()
-        policy = TokenBudgetPolicy(files.name, self._policy_options(options, num_instances))
+        policy = TokenBudgetPolicy(files.name, steps)
         loop = InstanceLoop(
             files.name,
             policy,
@@ -138,7 +157,7 @@ class EncoderLoader:
             num_instances=num_instances + NUM_EXPRESS,
             num_modest=num_instances,
             # A processor is not lost for good: where steps fail, it is for what callers sent.
-            max_failed_steps=None,
+            max_failed_steps=MAX_FAILED_STEPS if on_card else None,
         )
         loop.start()
         return loop

@@ -4,6 +4,7 @@ Floor 4. Changed by `lifecycle` alone, but for `facts`.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sardonyx.errors import ModelNotFound, ModelNotReady
@@ -52,6 +53,8 @@ class Entry:
     """The load that others who ask for one may wait for as well."""
     awaited: tuple[str, ...] = ()
     """Parts of the ensemble that is being loaded."""
+    progress: Callable[[], str] = str
+    """What a load under way waits for, where that takes minutes; see `ModelSource.progress`."""
     is_stopped: bool = False
     """An ensemble that went only because a part did; the part will bring it back."""
 
@@ -69,7 +72,7 @@ class Entry:
         if self.model is None:
             if version is not None and version not in {*self.past_versions, *self.facts.versions}:
                 raise ModelNotFound(f"{asked} version {version} is not found")
-            reason = f": {self.reason}" if self.reason else ""
+            reason = f": {self.why}" if self.why else ""
             raise ModelNotReady(f"{asked} has no available versions{reason}")
         if version is None:
             return self.model.newest
@@ -78,6 +81,11 @@ class Entry:
                 raise ModelNotReady(f"{asked} version {version} is not at ready state")
             raise ModelNotFound(f"{asked} version {version} is not found")
         return self.model.versions[version]
+
+    @property
+    def why(self) -> str:
+        """The reason for its state, or what a load of it waits for; safe to show. May be empty."""
+        return self.reason or self.progress()
 
     @property
     def is_loadable(self) -> bool:

@@ -12,20 +12,25 @@ from sardonyx.engine.dynamic import DynamicOptions, DynamicPolicy
 from sardonyx.engine.instances import InstanceLoop
 from sardonyx.errors import ConfigError
 from sardonyx.metrics import Metrics
+from sardonyx.repository.device_placement import without_device
 from sardonyx.repository.encoder_config import EncoderOptions, encoder_options
 from sardonyx.repository.families import ImageInput, Labels
 from sardonyx.repository.layout import ModelEntry
+from sardonyx.repository.tensorrt_bounds import image_bounds
 from sardonyx.runners.images import ImageClassifierRunner
+from sardonyx.runtime.providers import num_gpus
 from sardonyx.runtime.session import SessionConfig
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.encoder_loader import moderation_rules
 from sardonyx.serving.encoder_tensors import image_face
+from sardonyx.serving.engines import Engines
 from sardonyx.serving.entry import IMAGE_CLASSIFIER
 from sardonyx.serving.event_inbox import EventInbox
 from sardonyx.serving.image_classifier import ImageClassifier
 from sardonyx.serving.item_calls import ItemCalls
 from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.task_tensors import TaskTensorModel
+from sardonyx.serving.tensor_loader import MAX_FAILED_STEPS
 from sardonyx.serving.version_files import VersionFiles, read_version
 from sardonyx.settings import Settings, usable_cores
 
@@ -39,7 +44,9 @@ _OPTIONS = frozenset({"max_batch_size", "num_instances", "moderation"})
 class ImageClassifierLoader:
     """Loads image classifiers. What they share is made here."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, engines: Engines | None = None) -> None:
+        self._engines = engines or Engines(settings.engine_cache, metrics)
+        self._num_gpus = num_gpus()
         self._settings = settings
         self._metrics = metrics
         self._pool = WorkerPool()
@@ -62,9 +69,9 @@ class ImageClassifierLoader:
             ConfigError: a file is missing or wrong, or config, manifest and graph do not suit each other.
         """
         file = str(entry.config_path)
-        files = read_version(entry, version, {IMAGE_CLASSIFIER}, "image classifier")
+        files = read_version(entry, version, {IMAGE_CLASSIFIER}, "image classifier", num_gpus=self._num_gpus)
         image, labels = _facts(files)
-        options = _options(entry.config, file)
+        options = _options(without_device(entry.config), file)
         moderation = moderation_rules(files.manifest, options, file=file)
         inbox = EventInbox()
         loop = self._open_loop(files, image, labels, options, inbox)
@@ -85,17 +92,19 @@ class ImageClassifierLoader:
     ) -> InstanceLoop:
         """Instances that run. They share a session and divide the threads; one has all, for convolutions use them."""
         num_instances = options.num_instances or 1
+        max_batch_size = options.max_batch_size or MAX_STEP_IMAGES
+        bounds = image_bounds(image, max_batch_size)
         config = SessionConfig(num_threads=max(1, self._num_threads // num_instances))
         with ExitStack() as undo:
-            session = files.open_graphs(undo, config)["model"]
+            session = files.open_graphs(undo, config, engines=self._engines, bounds=bounds)["model"]
             runner = ImageClassifierRunner([session] * num_instances, image, len(labels.names))
             runner.warm_up()
             undo.pop_all()
-        max_batch_size = options.max_batch_size or MAX_STEP_IMAGES
         policy = DynamicPolicy(files.name, DynamicOptions(max_batch_size=max_batch_size, is_batching=True))
         # A processor is not lost for good: where steps fail, the loop goes on.
+        max_failed_steps = None if files.device.gpu is None else MAX_FAILED_STEPS
         loop = InstanceLoop(
-            files.name, policy, runner, inbox.deliver, num_instances=num_instances, max_failed_steps=None
+            files.name, policy, runner, inbox.deliver, num_instances=num_instances, max_failed_steps=max_failed_steps
         )
         loop.start()
         return loop

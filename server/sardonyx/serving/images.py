@@ -39,6 +39,12 @@ class ImageLimits:
     max_steps: int
     timeout_s: float
     queue_timeout_s: float
+    max_side: int | None = None
+    """Of height and width; ``None``: no limit but `max_pixels`."""
+
+    def allow(self, height: int, width: int) -> bool:
+        """A picture may be so large."""
+        return height * width <= self.max_pixels and (self.max_side is None or max(height, width) <= self.max_side)
 
 
 @dataclass(slots=True, frozen=True)
@@ -165,6 +171,10 @@ class ImageModel:
                 f"{self._limits.max_pixels:,}",
                 param="size",
             )
+        if not self._limits.allow(height, width):
+            raise InvalidRequest(
+                f"size: is {width}x{height}; {self.name} makes sides of at most {self._limits.max_side:,}", param="size"
+            )
         if (options.steps or 0) > self._limits.max_steps:
             raise InvalidRequest(f"steps: is {options.steps}; at most {self._limits.max_steps}", param="steps")
         if options.source is not None and not self._version.has_vae_encoder:
@@ -247,7 +257,7 @@ class ImageModel:
         multiple = self._model.size_multiple
         sides = (side / math.sqrt(ratio), side * math.sqrt(ratio))
         height, width = (max(multiple, round(each / multiple) * multiple) for each in sides)
-        return (height, width) if height * width <= self._limits.max_pixels else self.size
+        return (height, width) if self._limits.allow(height, width) else self.size
 
     def _picture(
         self, options: ImageOptions, prompt: Prompt, negative: Prompt | None, source: SourceImage | None, index: int

@@ -56,6 +56,10 @@ class ModelSource(Protocol):
         """
         ...
 
+    def progress(self, name: str) -> str:
+        """What a load of the model is waiting for now, where that takes minutes; empty otherwise. Returns at once."""
+        ...
+
     def close(self) -> None:
         """Give back what the models shared. The last call."""
         ...

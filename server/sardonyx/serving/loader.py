@@ -18,6 +18,7 @@ from sardonyx.runtime.providers import num_gpus
 from sardonyx.runtime.session import configure_threads
 from sardonyx.serving.diffusion_loader import DiffusionLoader
 from sardonyx.serving.encoder_loader import EncoderLoader
+from sardonyx.serving.engines import Engines
 from sardonyx.serving.ensemble import EnsembleModel
 from sardonyx.serving.entry import DIFFUSION_FAMILY, ENCODER_FAMILIES, IMAGE_CLASSIFIER, SPEECH_FAMILY, TEXT_FAMILY
 from sardonyx.serving.image_loader import ImageClassifierLoader
@@ -72,11 +73,12 @@ class ModelLoader:
         self._repositories = repositories
         self._registry: Registry | None = None
         self._texts = TextLoader(settings, metrics, budget)
-        self._encoders = EncoderLoader(settings, metrics)
-        self._images = ImageClassifierLoader(settings, metrics)
+        self._engines = Engines(settings.engine_cache, metrics)
+        self._encoders = EncoderLoader(settings, metrics, self._engines)
+        self._images = ImageClassifierLoader(settings, metrics, self._engines)
         self._speech = SpeechLoader(settings, metrics, budget)
-        self._diffusion = DiffusionLoader(settings, metrics, self._judge)
-        self._tensors = TensorLoader(settings, metrics, self._part)
+        self._diffusion = DiffusionLoader(settings, metrics, self._judge, self._engines)
+        self._tensors = TensorLoader(settings, metrics, self._part, self._engines)
         remedy = "unload another model, export it with a smaller precision, or lower memory_fraction"
         self._host = MemoryBudget("this machine", free_memory_bytes, remedy=remedy)
 
@@ -87,6 +89,10 @@ class ModelLoader:
     def index(self) -> list[IndexEntry]:
         """Every model of the repositories."""
         return merge([index(each) for each in self._repositories])
+
+    def progress(self, name: str) -> str:
+        """Which engine a load of the model is building."""
+        return self._engines.progress(name)
 
     def close(self) -> None:
         """When the last model is closed."""

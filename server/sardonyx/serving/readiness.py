@@ -18,7 +18,8 @@ def missing(entries: Mapping[str, Entry], needed: Iterable[str]) -> list[str]:
         if name not in entries:
             reasons.append(f"model {name} {_NOT_THERE}")
         elif entries[name].state is not ModelState.READY:
-            reasons.append(f"model {name} is {entries[name].state.lower()}")
+            progress = entries[name].progress()
+            reasons.append(f"model {name} is {entries[name].state.lower()}" + (f": {progress}" if progress else ""))
     return reasons
 
 

@@ -7,6 +7,7 @@ or taken out of it between two awaits, so whoever resolved a name holds a model 
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Set
+from functools import partial
 
 from sardonyx.errors import ConfigError, InvalidRequest, ModelNotFound, ModelNotReady
 from sardonyx.repository.index import IndexEntry
@@ -96,7 +97,7 @@ class Registry:
             if name in self._entries:
                 self._entries[name].facts = each
             else:
-                self._entries[name] = Entry(each, reason=_other_family(each.family) or "not loaded")
+                self._entries[name] = self._new_entry(each)
         for name in self._entries.keys() - facts.keys():
             entry = self._entries[name]
             if entry.model is None and entry.loading is None and not entry.lock.locked():
@@ -136,7 +137,7 @@ class Registry:
         if entry is None:
             raise _not_found(wanted)
         if entry.model is None:
-            reason = f": {entry.reason}" if entry.reason else ""
+            reason = f": {entry.why}" if entry.why else ""
             raise ModelNotReady(f"model {entry.facts.name} is {entry.state.lower()}{reason}")
         if entry.facts.family not in families:
             raise _other_kind(entry.facts.name, kind)
@@ -158,6 +159,11 @@ class Registry:
         if entry is None:
             raise ModelNotFound(f"Request for unknown model: '{name[:160]}' is not found")
         return entry.served(name, version)
+
+    def progress(self, name: str) -> str:
+        """What a load of the model is waiting for now, where that takes minutes; empty otherwise."""
+        entry = self._find(name)
+        return "" if entry is None else entry.progress()
 
     def part(self, name: str, version: int | None = None) -> ServedModel:
         """As `served`, for ensembles: they finish what they have also while the server shuts down. No aliases."""
@@ -203,7 +209,7 @@ class Registry:
                 raise ModelNotReady("the model repositories cannot be read") from error
             self._lifecycle.check_open()
             if override is not None and override.files and name not in self._entries:
-                self._entries[name] = Entry(IndexEntry(name=name, versions=[], family="tensors"))
+                self._entries[name] = self._new_entry(IndexEntry(name=name, versions=[], family="tensors"))
             entry = self._entry(name)
             if override is None and only_if_changed and self._lifecycle.is_current(entry):
                 assert entry.model is not None
@@ -314,6 +320,10 @@ class Registry:
         """By alias first: an alias may hide a model's name."""
         return self._entries.get(self._aliases.get(name, name)) or self._entries.get(name)
 
+    def _new_entry(self, facts: IndexEntry) -> Entry:
+        progress = partial(self._source.progress, facts.name)
+        return Entry(facts, reason=_other_family(facts.family) or "not loaded", progress=progress)
+
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:
             raise _not_found(name)
@@ -329,13 +339,13 @@ class Registry:
         for _, entry in sorted(self._entries.items()):
             is_new = not entry.was_wanted and entry.is_loadable
             versions, state = (set(), None) if is_new else (entry.known_versions, entry.state)
-            rows += describe_versions(entry.facts.name, versions, entry.model, state, entry.reason)
+            rows += describe_versions(entry.facts.name, versions, entry.model, state, entry.why)
         return rows
 
     def list(self) -> "list[ModelStatus]":
         """Every model of the repository, by name. Instant, also while models load."""
         return [
-            describe(entry.facts, entry.model, entry.state, entry.reason) for _, entry in sorted(self._entries.items())
+            describe(entry.facts, entry.model, entry.state, entry.why) for _, entry in sorted(self._entries.items())
         ]
 
 

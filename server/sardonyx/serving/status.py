@@ -30,7 +30,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """From the manifest; ``tensors`` without one, empty where it could not be read."""
     state: ModelState
     reason: str
-    """Why it is UNAVAILABLE, or why the last reload failed; safe to show. Empty otherwise."""
+    """Why it is UNAVAILABLE, what a load waits for, or why the last reload failed; safe to show. Empty otherwise."""
     size_bytes: int
     created: int
     """Unix time of the export, 0 where unknown."""

@@ -17,14 +17,21 @@ from sardonyx.engine.sequences import SequenceOptions, SequencePolicy
 from sardonyx.errors import ConfigError
 from sardonyx.metrics import Metrics
 from sardonyx.repository import dynamic_batching
+from sardonyx.repository.accelerators import requires_gpu
 from sardonyx.repository.autocomplete import GraphTensor, check_graph, complete_config
 from sardonyx.repository.layout import ModelEntry
 from sardonyx.repository.tensor_config import TensorConfig, TensorSpec, read_placement, read_tensor_config
+from sardonyx.repository.tensorrt_bounds import tensor_bounds
+from sardonyx.repository.tensorrt_shapes import OpenBounds
 from sardonyx.runners.tensors import TensorModelRunner
 from sardonyx.runtime import session as sessions
+from sardonyx.runtime.dtypes import DATATYPES
+from sardonyx.runtime.external_data import check_external_data
+from sardonyx.runtime.graph_inputs import DeclaredTensor, read_graph
 from sardonyx.runtime.providers import num_gpus
 from sardonyx.runtime.session import Session
 from sardonyx.serving.admission import Admission
+from sardonyx.serving.engines import Engines, GraphPlace
 from sardonyx.serving.ensemble import EnsembleModel, EnsembleVersion, Resolve, check_parts
 from sardonyx.serving.event_inbox import EventInbox
 from sardonyx.serving.quick_models import is_quick
@@ -48,12 +55,14 @@ class TensorLoader:
 
     Args:
         resolve: the version of a model that serves now, for ensembles.
+        engines: opens the sessions; ``None``: of its own.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, resolve: Resolve) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, resolve: Resolve, engines: Engines | None = None) -> None:
         self._settings = settings
         self._metrics = metrics
         self._resolve = resolve
+        self._engines = engines or Engines(settings.engine_cache, metrics)
         self._admission = Admission(
             settings.max_inflight_inferences,
             settings.max_inflight_tensor_bytes,
@@ -76,9 +85,17 @@ class TensorLoader:
         defaults = complete_config(entry.config, [], [], num_gpus=self._num_gpus, auto_complete=False)
         placement = read_placement(defaults, file=file, num_gpus=self._num_gpus)
         path = _graph_path(entry, version, defaults.default_model_filename)
+        bounds = self._bounds(entry.config, path, placement, file)
         started_s = time.monotonic()
         with ExitStack() as undo:
-            opener = SessionOpener(path, entry.path, placement, self._num_threads)
+            opener = SessionOpener(
+                self._engines,
+                GraphPlace(path=path, model=entry.name, file=file, bounds=bounds),
+                entry.path,
+                placement,
+                self._num_threads,
+                is_strict=requires_gpu(entry.config),
+            )
             opened = opener.open_all()
             for session in set(opened):
                 undo.callback(session.close)
@@ -118,6 +135,17 @@ class TensorLoader:
             cache=self._cache if tensors.uses_cache else None,
             timeout_s=self._settings.request_timeout_s,
         )
+
+    def _bounds(self, config: ModelConfig, path: Path, placement: TensorConfig, file: str) -> OpenBounds:
+        """For which shapes an engine is built, from the config as the file completes it; empty without TensorRT."""
+        if not any(choice.name == "tensorrt" for choice in placement.providers):
+            return {}
+        check_external_data(path)
+        graph = read_graph(path)
+        inputs, outputs = (list(map(_declared_tensor, each)) for each in (graph.inputs, graph.outputs))
+        is_automatic = self._settings.auto_complete_config
+        full = complete_config(config, inputs, outputs, num_gpus=self._num_gpus, auto_complete=is_automatic)
+        return tensor_bounds(read_tensor_config(full, file=file, num_gpus=self._num_gpus))
 
     def _complete(self, config: ModelConfig, session: Session, file: str) -> tuple[ModelConfig, TensorConfig]:
         """A config completed from its graph, as the protocol shows it and as we read it."""
@@ -171,6 +199,13 @@ def _graph_tensor(spec: sessions.TensorSpec, *, is_optional: bool = False) -> Gr
     datatype = "STRING" if spec.datatype.name == "BYTES" else spec.datatype.name
     dims = tuple(dim if isinstance(dim, int) and dim >= 0 else -1 for dim in spec.shape)
     return GraphTensor(spec.name, DataType.Value(f"TYPE_{datatype}"), dims, is_optional)
+
+
+def _declared_tensor(tensor: DeclaredTensor) -> GraphTensor:
+    datatype = next((each for each in DATATYPES.values() if each.element_type == tensor.element_type), None)
+    name = None if datatype is None else "STRING" if datatype.name == "BYTES" else datatype.name
+    data_type = 0 if name is None else DataType.Value(f"TYPE_{name}")
+    return GraphTensor(tensor.name, data_type, tensor.dims, tensor.is_initializer)
 
 
 def _metadata(specs: tuple[TensorSpec, ...], max_batch_size: int) -> tuple[TensorMetadata, ...]:

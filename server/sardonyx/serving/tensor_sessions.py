@@ -4,12 +4,14 @@ Floor 4. ONNX Runtime lets several threads run one session at once, so instances
 backend opens one an instance, and gives each all cores.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
-from sardonyx.repository.accelerators import GPU_PROVIDERS, PATH_OPTIONS
+from sardonyx.repository.accelerators import GPU_PROVIDERS, PATH_OPTIONS, ProviderChoice
 from sardonyx.repository.tensor_config import TensorConfig
 from sardonyx.runtime.providers import ExecutionProvider, execution_provider
-from sardonyx.runtime.session import Session, SessionConfig, open_session
+from sardonyx.runtime.session import Session, SessionConfig
+from sardonyx.serving.engines import Engines, GraphPlace
 
 MAX_WIDE_BYTES = 256 << 20
 """Of a graph and its external data that may be in memory twice for the sake of a lone request's latency."""
@@ -24,14 +26,28 @@ class SessionOpener:
     nearly twice as long with one thread, so there is a session with all threads for such runs (`open_wide`).
 
     Args:
-        path: of the graph.
+        engines: opens the sessions.
+        place: the graph.
         folder: the model's.
         placement: instances, providers and options.
         num_threads: of the process's models.
+        is_strict: the model insists on a card; see `SessionConfig.is_strict`.
     """
 
-    def __init__(self, path: Path, folder: Path, placement: TensorConfig, num_threads: int) -> None:
-        self._path = path
+    def __init__(
+        self,
+        engines: Engines,
+        place: GraphPlace,
+        folder: Path,
+        placement: TensorConfig,
+        num_threads: int,
+        *,
+        is_strict: bool = False,
+    ) -> None:
+        self._engines = engines
+        self._place = place
+        self._path = place.path
+        self._is_strict = is_strict
         self._folder = folder
         self._placement = placement
         self._num_threads = num_threads
@@ -66,14 +82,14 @@ class SessionOpener:
 
     def _open(self, gpu: int | None, num_threads: int) -> Session:
         config = _session_config(self._placement, gpu, self._folder, max(1, num_threads))
-        return open_session(self._path, model_name=self._placement.name, config=config)
+        return self._engines.open(self._place, replace(config, is_strict=self._is_strict and gpu is not None))
 
 
 def _session_config(placement: TensorConfig, gpu: int | None, folder: Path, num_threads: int) -> SessionConfig:
     parameters = placement.session
     given = SessionConfig()
     return SessionConfig(
-        providers=tuple(_providers(placement, gpu, folder)),
+        providers=tuple(open_providers(placement.providers, gpu, folder)),
         num_threads=parameters.num_intra_op_threads or (num_threads if gpu is None else None),
         num_parallel_threads=parameters.num_inter_op_threads,
         is_parallel=parameters.is_parallel,
@@ -87,9 +103,19 @@ def _session_config(placement: TensorConfig, gpu: int | None, folder: Path, num_
     )
 
 
-def _providers(placement: TensorConfig, gpu: int | None, folder: Path) -> list[ExecutionProvider]:
+def open_providers(choices: list[ProviderChoice], gpu: int | None, folder: Path) -> list[ExecutionProvider]:
+    """Execution providers of a session on a card, or on the CPU, which is always the last.
+
+    Args:
+        choices: of the model's config.
+        gpu: number of the card.
+        folder: the model's, where paths begin.
+
+    Raises:
+        ConfigError: the installed ONNX Runtime was built without one.
+    """
     chosen = []
-    for choice in placement.providers:
+    for choice in choices:
         on_gpu = choice.name in GPU_PROVIDERS
         if on_gpu and gpu is None:
             continue

@@ -76,6 +76,7 @@ class FakeService:
 
     def __init__(self) -> None:
         self.is_well = True
+        self.waits_for: dict[str, str] = {}
         self.requests: list[WireRequest] = []
         self.calls: list[Any] = []
         self.error: BaseException | None = None
@@ -87,6 +88,9 @@ class FakeService:
 
     def is_ready(self):
         return self.is_well
+
+    def progress(self, name: str) -> str:
+        return self.waits_for.get(name, "")
 
     def is_model_ready(self, name, version=""):
         return name in MODELS and version in ("", "1")

@@ -297,6 +297,13 @@ def test_a_models_readiness_is_a_status(api):
     assert (answer.status_code, answer.json()) == (400, {"error": "Model version not ready"})
 
 
+def test_readiness_of_a_model_that_builds_says_what_it_waits_for(api):
+    api.service.waits_for["other"] = "building the TensorRT engine of unet, 1 of 3, 42 s"
+    answer = api.get("/v2/models/other/ready")
+    assert answer.status_code == 400
+    assert answer.json() == {"error": "Model version not ready: building the TensorRT engine of unet, 1 of 3, 42 s"}
+
+
 @pytest.mark.parametrize("path", ["/v2", "/v2/", "/v2?x=1"])
 def test_the_server_says_what_it_is(api, path):
     assert api.get(path).json() == {

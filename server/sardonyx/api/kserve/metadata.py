@@ -9,6 +9,7 @@ extension_model_configuration.md.
 import msgspec
 
 from sardonyx.api.kserve.config_json import config_to_json
+from sardonyx.api.kserve.errors import ErrorBody
 from sardonyx.api.kserve.exchange import JSON_TYPE, Exchange, Reply, json_reply
 from sardonyx.api.kserve.service import InferenceService
 from sardonyx.statistics import Duration, InferenceStatistics, ResponseStatistics
@@ -101,7 +102,9 @@ class Metadata:
         """200 if that model, or that version of it, can be used now."""
         if self._service.is_model_ready(exchange.model, exchange.version):
             return Reply()
-        return Reply(b'{"error":"Model version not ready"}', 400, (JSON_TYPE,))
+        progress = self._service.progress(exchange.model)
+        error = f"Model version not ready: {progress}" if progress else "Model version not ready"
+        return Reply(msgspec.json.encode(ErrorBody(error=error)), 400, (JSON_TYPE,))
 
     async def server_metadata(self, exchange: Exchange) -> Reply:
         """Name, version and extensions."""

@@ -110,6 +110,10 @@ class InferenceService:
         except (ModelNotFound, ModelNotReady):
             return False
 
+    def progress(self, name: str) -> str:
+        """What a load of the model is waiting for; empty where it is not loaded, or it takes no time."""
+        return self._registry.progress(name)
+
     def model(self, name: str, version: str = "") -> ServedModel:
         """A ready version, the highest where none is named.
 
