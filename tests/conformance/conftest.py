@@ -4,7 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
+import tritonclient.grpc
+import tritonclient.http
 from tests.conformance.process import ServerProcess, serve
 from tests.conformance.triton import Caller, copy_examples, pending, write_repository
 from tests.tiny_models import TinyDecoder, make_language_model
@@ -25,6 +28,22 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     flags = ["--aliases", "gpt-3.5-turbo=tiny,org/tiny=tiny", "--enable-tokenizer-info"]
     with serve(repository, log, *flags) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    """Of the `server` that the module means."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(params=["http", "grpc"])
+def tensor_client(request: pytest.FixtureRequest, server: ServerProcess) -> Iterator[tuple[Any, Any]]:
+    """Each of Triton's two clients of that server, its module in front."""
+    module = {"http": tritonclient.http, "grpc": tritonclient.grpc}[request.param]
+    port = server.port if request.param == "http" else server.grpc_port
+    with module.InferenceServerClient(f"127.0.0.1:{port}") as client:
+        yield module, client
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import numpy as np
 import openai
 import pytest
 import tritonclient.grpc
-import tritonclient.http
 from openai.types.audio import TranscriptionVerbose
 from tests.conformance.process import serve
 from tests.tiny_models import make_language_model
@@ -25,12 +24,6 @@ def server(tmp_path_factory):
     with serve(repository, root / "log", *flags) as server:
         yield server
         assert "Traceback" not in server.log()
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 @pytest.fixture
@@ -253,16 +246,8 @@ def form_of(sound, **fields):
 # As tensors
 
 
-@pytest.fixture(params=["http", "grpc"])
-def triton(request, server):
-    module = getattr(tritonclient, request.param)
-    port = server.port if request.param == "http" else server.grpc_port
-    with module.InferenceServerClient(f"127.0.0.1:{port}") as client:
-        yield module, client
-
-
-def test_sound_as_a_tensor_becomes_text(triton):
-    module, client = triton
+def test_sound_as_a_tensor_becomes_text(tensor_client):
+    module, client = tensor_client
     audio = module.InferInput("audio", [1], "BYTES")
     audio.set_data_from_numpy(np.array([wav()], np.object_))
     answer = client.infer("tiny", [audio])
@@ -281,8 +266,8 @@ def test_sound_as_a_tensor_becomes_text(triton):
     assert answer.as_numpy("segments") is None
 
 
-def test_model_describes_its_tensors(triton):
-    module, client = triton
+def test_model_describes_its_tensors(tensor_client):
+    module, client = tensor_client
     metadata = client.get_model_metadata("tiny")
     if module is tritonclient.grpc:
         inputs, outputs = (
@@ -301,8 +286,8 @@ def test_model_describes_its_tensors(triton):
     ("sound", "parameters", "words"),
     [(b"no sound", {}, "no sound that can be read"), (wav(), {"task": "sing"}, "task"), (wav(), {"beams": 5}, "beams")],
 )
-def test_what_makes_no_sense_as_tensors_is_refused(triton, sound, parameters, words):
-    module, client = triton
+def test_what_makes_no_sense_as_tensors_is_refused(tensor_client, sound, parameters, words):
+    module, client = tensor_client
     audio = module.InferInput("audio", [1], "BYTES")
     audio.set_data_from_numpy(np.array([sound], np.object_))
     with pytest.raises(Exception, match=words):

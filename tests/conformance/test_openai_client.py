@@ -6,13 +6,6 @@ import httpx
 import openai
 import pytest
 
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 MESSAGES = [{"role": "user", "content": "the cat"}]
 
 

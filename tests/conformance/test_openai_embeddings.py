@@ -31,12 +31,6 @@ def server(tmp_path_factory):
         assert "Traceback" not in server.log()
 
 
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 @pytest.fixture
 def embed(client):
     def create(given, **options):

@@ -7,8 +7,6 @@ import urllib.request
 import numpy as np
 import openai
 import pytest
-import tritonclient.grpc
-import tritonclient.http
 from tests.conformance.process import serve
 from tests.tiny_diffusion import SIDE, make_diffusion_model, mask_file, picture_file, pixels_of
 from tests.tiny_models import make_language_model
@@ -28,12 +26,6 @@ def server(tmp_path_factory):
     with serve(repository, root / "log", "--aliases", "my-painter=tiny") as server:
         yield server
         assert "Traceback" not in server.log()
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 @pytest.fixture
@@ -212,22 +204,14 @@ def test_client_that_leaves_ends_its_pictures(server, stream):
 # As tensors
 
 
-@pytest.fixture(params=["http", "grpc"])
-def triton(request, server):
-    module = getattr(tritonclient, request.param)
-    port = server.port if request.param == "http" else server.grpc_port
-    with module.InferenceServerClient(f"127.0.0.1:{port}") as client:
-        yield module, client
-
-
 def tensor(module, text, name="prompt"):
     given = module.InferInput(name, [1], "BYTES")
     given.set_data_from_numpy(np.array([text.encode()], np.object_))
     return given
 
 
-def test_prompt_as_a_tensor_becomes_a_picture(triton, generate):
-    module, client = triton
+def test_prompt_as_a_tensor_becomes_a_picture(tensor_client, generate):
+    module, client = tensor_client
     inputs = [tensor(module, "a cat"), tensor(module, "a dog", "negative_prompt")]
     parameters = {"seed": 8, "steps": 5, "width": 24, "height": 16}
     image = client.infer("tiny", inputs, parameters=parameters).as_numpy("image")
@@ -237,8 +221,8 @@ def test_prompt_as_a_tensor_becomes_a_picture(triton, generate):
     np.testing.assert_array_equal(pixels_of(image[0]), decoded(same.data[0]))
 
 
-def test_what_makes_no_sense_as_tensors_is_refused(triton):
-    module, client = triton
+def test_what_makes_no_sense_as_tensors_is_refused(tensor_client):
+    module, client = tensor_client
     for parameters, words in (({"width": 32}, "height and width"), ({"steps": 0}, "steps"), ({"n": 3}, "n: is no")):
         with pytest.raises(Exception, match=words):
             client.infer("tiny", [tensor(module, "a cat")], parameters=parameters)

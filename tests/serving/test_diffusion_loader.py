@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from tests.serving.fake_tasks import FakeImageClassifier
+from tests.serving.version_folders import change_manifest, parameter
 from tests.tiny_diffusion import NOT_FINITE, SIDE, make_diffusion_model, mask_file, picture_file, pixels_of
 from tests.tiny_encoders import make_encoder_model
 
@@ -66,22 +67,6 @@ def refusal(root):
     with pytest.raises(ConfigError) as caught:
         load(root)
     return caught.value
-
-
-def change_manifest(folder, **fields):
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_bytes())
-    for name, value in fields.items():
-        *parents, last = name.split("__")
-        inside = manifest
-        for each in parents:
-            inside = inside[each]
-        inside[last] = value
-    path.write_text(json.dumps(manifest))
-
-
-def parameter(key, value):
-    return f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
 
 
 async def paint(model, prompt="a cat", **options):

@@ -1,11 +1,11 @@
 """Encoder models from the folder to a version that serves, and what is refused."""
 
 import asyncio
-import json
 
 import numpy as np
 import pytest
 from tests.serving.encoder_serving import load
+from tests.serving.version_folders import change_manifest
 from tests.tiny_encoders import make_encoder_model, make_tokenizer
 from tests.tiny_models import make_language_model
 
@@ -17,19 +17,6 @@ from sardonyx.serving.served import InferCall
 from sardonyx.serving.tasks import EncodeOptions
 from sardonyx.settings import Settings
 from sardonyx.tensors import Tensor
-
-
-def change_manifest(folder, **fields) -> None:
-    """Replace fields, dotted ones inside of others."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_bytes())
-    for name, value in fields.items():
-        *parents, last = name.split("__")
-        inside = manifest
-        for each in parents:
-            inside = inside[each]
-        inside[last] = value
-    path.write_text(json.dumps(manifest))
 
 
 def refusal(root, **options) -> ConfigError:

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from tests.serving.version_folders import change_manifest, parameter
 from tests.tiny_encoders import make_encoder_model
 from tests.tiny_speech import LANGUAGES, SEGMENTS, TEXT, TRANSLATION, make_speech_model, wav
 
@@ -55,22 +56,6 @@ def refusal(root, **options):
     # Nothing is kept by a model that could not be loaded.
     assert budget.take("other", budget.total_bytes).num_bytes == budget.total_bytes
     return caught.value
-
-
-def change_manifest(folder, **fields):
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_bytes())
-    for name, value in fields.items():
-        *parents, last = name.split("__")
-        inside = manifest
-        for each in parents:
-            inside = inside[each]
-        inside[last] = value
-    path.write_text(json.dumps(manifest))
-
-
-def parameter(key, value):
-    return f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
 
 
 async def transcribe(model, sound=None, **options):

@@ -60,6 +60,11 @@ def _add(values: dict[str, Any], kinds: Mapping[str, Any], field: str, key: str 
         return
     if typing.get_origin(kind) is list:
         values.setdefault(field, []).append(read)
+    elif part.is_file:
+        # However lists are spelled: `image` again, `image[]`, `image[1]`.
+        if field in values:
+            raise InvalidRequest(f"{field}: is given twice; one file is taken", param=field)
+        values[field] = read
     elif key:
         inside = values.setdefault(field, {})
         if not isinstance(inside, dict):

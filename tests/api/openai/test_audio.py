@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from litestar.testing import TestClient
 from tests.api.live import BASE_URL, application, eventually, frames, listening
+from tests.api.openai.answers import error
 from tests.serving.fake_tasks import FakeEmbedder, FakeTranscriber, TaskSource
 from tests.tiny_speech import SEGMENTS, TEXT, TRANSLATION, make_speech_model, wav
 
@@ -76,14 +77,6 @@ def transcribe(api):
         return api.client.post(path, data=fields, files=files, headers=headers)
 
     return post
-
-
-def error(answer, status=400):
-    assert answer.status_code == status, answer.text
-    assert set(answer.json()) == {"error"}
-    detail = answer.json()["error"]
-    assert set(detail) == {"message", "type", "param", "code"}
-    return detail
 
 
 # Formats

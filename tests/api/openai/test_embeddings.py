@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.api.live import application, eventually, listening
+from tests.api.openai.answers import error
 from tests.serving.fake_tasks import FakeEmbedder, FakeReranker, TaskSource
 
 from sardonyx.api.openai.encoder_schemas import EmbeddingRequest
@@ -45,11 +46,6 @@ def embed(api, tasks):
 def vectors(answer):
     assert answer.status_code == 200, answer.text
     return np.array([each["embedding"] for each in answer.json()["data"]], np.float32)
-
-
-def error(answer):
-    assert answer.status_code == 400, answer.text
-    return answer.json()["error"]
 
 
 def test_an_answer_is_as_openais(embed, tasks):

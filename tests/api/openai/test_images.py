@@ -12,6 +12,7 @@ import pytest
 from litestar.testing import TestClient
 from PIL import Image
 from tests.api.live import BASE_URL, application, eventually, frames, listening
+from tests.api.openai.answers import error
 from tests.serving.fake_tasks import FakeEmbedder, FakePainter, TaskSource
 from tests.tiny_diffusion import NOT_FINITE, make_diffusion_model, mask_file, picture_file, pixels_of
 from tests.tiny_encoders import make_encoder_model
@@ -67,14 +68,6 @@ def edit(api):
         return api.client.post(path, data=fields, files=files, headers=headers)
 
     return post
-
-
-def error(answer, status=400):
-    assert answer.status_code == status, answer.text
-    assert set(answer.json()) == {"error"}
-    detail = answer.json()["error"]
-    assert set(detail) == {"message", "type", "param", "code"}
-    return detail
 
 
 def decoded(item):
@@ -423,7 +416,7 @@ def test_edit_takes_a_picture_and_a_mask(edit, task):
     assert answer.json()["usage"]["input_tokens_details"] == {"text_tokens": 5, "image_tokens": 6}
 
 
-@pytest.mark.parametrize("name", ["image", "image[]"])
+@pytest.mark.parametrize("name", ["image", "image[]", "image[0]"])
 def test_picture_may_be_spelled_as_a_list(edit, task, name):
     assert edit(files={name: IMAGE["image"]}).status_code == 200
     assert task.asked[-1].source == picture_file()
@@ -457,8 +450,6 @@ def test_fidelity_changes_nothing(edit, fidelity):
     [
         ({}, {"image": "text"}, "image"),
         ({"mask": MASKED["mask"]}, {}, "image"),
-        ([("image", IMAGE["image"])] * 2, {}, "image"),
-        ([("image[]", IMAGE["image"])] * 2, {}, "image"),
         (IMAGE, {"mask": "text"}, "mask"),
         (IMAGE, {"strength": "0"}, "strength"),
         (IMAGE, {"strength": "1.1"}, "strength"),
@@ -474,6 +465,15 @@ def test_forms_that_make_no_sense_are_refused(edit, task, files, fields, param):
             continue
         files_or_none = files or {"other": ("x", b"x")}
         assert error(edit(path, files=files_or_none, **fields))["param"] == param
+    assert len(task.asked) == num_before
+
+
+@pytest.mark.parametrize("path", [EDITS, VARIATIONS])
+@pytest.mark.parametrize("names", [("image", "image"), ("image[]", "image[]"), ("image[0]", "image[1]")])
+def test_several_pictures_are_refused(edit, task, path, names):
+    num_before = len(task.asked)
+    detail = error(edit(path, files=[(name, IMAGE["image"]) for name in names]))
+    assert (detail["param"], detail["message"]) == ("image", "image: is given twice; one file is taken")
     assert len(task.asked) == num_before
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tests.api.live import application, eventually, listening
+from tests.api.openai.answers import error
 from tests.serving.fake_tasks import FakeClassifier, FakeEmbedder, FakeImageClassifier, TaskSource
 
 from sardonyx.errors import InvalidRequest, Overloaded
@@ -58,11 +59,6 @@ def moderate(api):
         return api.post("/v1/moderations", {"input": given} | body)
 
     return post
-
-
-def error(answer, status=400):
-    assert answer.status_code == status, answer.text
-    return answer.json()["error"]
 
 
 def test_a_text_gets_a_result_with_every_category(moderate):

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.api.live import application
+from tests.api.openai.answers import error
 from tests.serving.fake_tasks import FakeEmbedder, FakeReranker, TaskSource
 
 from sardonyx.api.openai.encoder_schemas import RerankRequest, ScoreRequest
@@ -47,11 +48,6 @@ def score(api):
         return api.post(path, body)
 
     return post
-
-
-def error(answer):
-    assert answer.status_code == 400, answer.text
-    return answer.json()["error"]
 
 
 def cosine(one, other):

@@ -17,12 +17,14 @@ from msgspec import UNSET
 from sardonyx.api.openai.image_options import Output
 from sardonyx.api.openai.image_schemas import (
     CompletedImage,
+    ImageEvent,
     ImageReply,
     ImagesReply,
     ImageUsageReply,
     InputTokens,
     PartialImage,
 )
+from sardonyx.diffusion import Pixels
 from sardonyx.processing.picture import MEDIA_TYPES, encode_picture, enlarged
 from sardonyx.serving.picture_store import PictureStore, StoredPicture
 from sardonyx.serving.tasks import ImageUsage, Pictures, PictureUpdate
@@ -69,7 +71,7 @@ async def images_reply(pictures: Pictures, output: Output, links: PictureLinks) 
         ServeError: as `Pictures.collect`.
     """
     updates = await pictures.collect()
-    files = await asyncio.gather(*(asyncio.to_thread(_encoded, update, output) for update in updates))
+    files = await asyncio.gather(*(asyncio.to_thread(_encoded, update.pixels, output) for update in updates))
     if output.has_urls:
         data = [ImageReply(url=links.url(file, output)) for file in files]
     else:
@@ -115,36 +117,26 @@ class PictureEvents:
         self._pictures.abort()
 
     def _frame(self, update: PictureUpdate, number: int) -> bytes:
-        output, height, width = self._output, *self._pictures.size
-        index = update.index if self._has_index else UNSET
+        output = self._output
+        pixels = update.pixels if update.is_final else enlarged(update.pixels, *self._pictures.size)
+        fields: dict[str, Any] = {
+            "type": f"{self._kind}.{'completed' if update.is_final else 'partial_image'}",
+            "b64_json": _base64(_encoded(pixels, output)),
+            "created_at": self._created,
+            "size": _size(self._pictures),
+            "quality": output.quality,
+            "output_format": output.format,
+            "index": update.index if self._has_index else UNSET,
+        }
         if update.is_final:
-            event: msgspec.Struct = CompletedImage(
-                type=f"{self._kind}.completed",  # type: ignore[arg-type]  # one of the two
-                b64_json=_base64(_encoded(update, output)),
-                created_at=self._created,
-                size=_size(self._pictures),
-                quality=output.quality,
-                output_format=output.format,
-                usage=_usage(self._pictures.usage, 1),
-                index=index,
-            )
+            event: ImageEvent = CompletedImage(usage=_usage(self._pictures.usage, 1), **fields)
         else:
-            pixels = enlarged(update.pixels, height, width)
-            event = PartialImage(
-                type=f"{self._kind}.partial_image",  # type: ignore[arg-type]  # one of the two
-                b64_json=_base64(encode_picture(pixels, output.format, output.compression)),
-                created_at=self._created,
-                size=_size(self._pictures),
-                quality=output.quality,
-                output_format=output.format,
-                partial_image_index=number,
-                index=index,
-            )
+            event = PartialImage(partial_image_index=number, **fields)
         return b"data: " + msgspec.json.encode(event) + b"\n\n"
 
 
-def _encoded(update: PictureUpdate, output: Output) -> bytes:
-    return encode_picture(update.pixels, output.format, output.compression)
+def _encoded(pixels: Pixels, output: Output) -> bytes:
+    return encode_picture(pixels, output.format, output.compression)
 
 
 def _base64(data: bytes) -> str:

@@ -149,32 +149,30 @@ class ImagesReply(msgspec.Struct, frozen=True, kw_only=True):
     usage: ImageUsageReply
 
 
-class PartialImage(msgspec.Struct, frozen=True, kw_only=True):
+class ImageEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """What all events of a stream hold."""
+
+    type: str
+    b64_json: str
+    created_at: int
+    size: str
+    quality: Quality
+    background: Literal["opaque"] = "opaque"
+    output_format: Format
+    index: int | UnsetType = UNSET
+    """Of the picture, where there are several."""
+
+
+class PartialImage(ImageEvent, frozen=True, kw_only=True):
     """An event: a rough picture."""
 
     type: Literal["image_generation.partial_image", "image_edit.partial_image"]
-    b64_json: str
-    created_at: int
-    size: str
-    quality: Quality
-    background: Literal["opaque"] = "opaque"
-    output_format: Format
     partial_image_index: int
     """Of the same picture, from 0."""
-    index: int | UnsetType = UNSET
-    """Of the picture, where there are several."""
 
 
-class CompletedImage(msgspec.Struct, frozen=True, kw_only=True):
+class CompletedImage(ImageEvent, frozen=True, kw_only=True):
     """An event: a finished picture."""
 
     type: Literal["image_generation.completed", "image_edit.completed"]
-    b64_json: str
-    created_at: int
-    size: str
-    quality: Quality
-    background: Literal["opaque"] = "opaque"
-    output_format: Format
     usage: ImageUsageReply
-    index: int | UnsetType = UNSET
-    """Of the picture, where there are several."""
