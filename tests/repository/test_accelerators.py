@@ -102,6 +102,7 @@ def test_path_that_leads_out_of_the_model_is_refused(option, path):
         ({"trt_dla_enable": "on"}, "trt_dla_enable: failed to convert 'on' to boolean value"),
         ({"trt_dla_core": "one"}, "trt_dla_core: failed to convert 'one' to integral number"),
         ({"max_workspace_size_bytes": "1e9"}, "max_workspace_size_bytes: failed to convert '1e9' to integral number"),
+        ({"trt_cuda_graph_enable": "1"}, "trt_cuda_graph_enable is not offered: it replays one shape at one address"),
         ({"trt_engine_cache_prefix": "a/b"}, "trt_engine_cache_prefix: must not hold '/'"),
     ],
 )

@@ -14,6 +14,11 @@ def test_provider_that_this_build_lacks_is_refused_with_what_to_install():
         execution_provider("cuda")
 
 
+def test_tensorrt_comes_with_cuda():
+    with pytest.raises(ConfigError, match=r"'tensorrt' is not part .* install sardonyx\[cuda\]"):
+        execution_provider("tensorrt")
+
+
 def test_unknown_provider_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="'tpu' is not known; known are cpu, cuda"):
         execution_provider("tpu")

@@ -390,3 +390,12 @@ def test_small_file_cannot_have_much_computed_ahead(tmp_path):
 def test_small_constants_are_still_computed_ahead_and_right(tmp_path):
     session = open_session(write(tmp_path, doubled(12)), model_name="m")
     assert session.run({"INPUT0": np.ones((1, 1), np.float32)})["OUTPUT0"].tolist() == [[4097.0]]
+
+
+def test_libraries_of_cuda_are_loaded_before_the_first_session_and_failures_logged(monkeypatch, caplog, capsys):
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libcudart.so.13"))
+    with caplog.at_level(logging.INFO, "sardonyx.onnxruntime"):
+        session_module._prepare_process.__wrapped__()
+    assert "Failed to load libcudart.so.13" in caplog.text
+    assert capsys.readouterr().out == ""

@@ -4,7 +4,9 @@ import asyncio
 import threading
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 from tests import tiny_tensors
 from tests.runtime.ort_answers import CUDA, TENSORRT, FakeRuntime, assigned
 from tests.serving.tensor_serving import pair, run, tensor_model, values
@@ -143,6 +145,19 @@ def test_dumped_model_is_opened_by_the_next_load(card: Card) -> None:
     (folder / context).write_bytes(card.path.read_bytes())
     card.open({"trt_dump_ep_context_model": "1"})
     assert card.runtime.opened[-1]["path"] == str(folder / context)
+
+
+def test_model_that_holds_an_engine_is_opened_as_it_is(card: Card) -> None:
+    compiled = card.path.with_name("model_ctx.onnx")
+    node = helper.make_node("EPContext", ["x"], ["y"], domain="com.microsoft", embed_mode=1, ep_cache_context=b"engine")
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in "xy"]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph([node], "g", values[:1], values[1:]), opset_imports=opsets)
+    onnx.save_model(model, compiled)
+    card.runtime.stand_in = card.path
+    options = card.open({"trt_fp16_enable": "1"}, path=compiled)
+    assert options == {"device_id": "0", "trt_fp16_enable": "1"}
+    assert card.told == ["loading the TensorRT engine of unet, 1 of 1, 42 s"]
 
 
 def test_cache_that_the_operator_turned_off_is_not_used(card: Card) -> None:

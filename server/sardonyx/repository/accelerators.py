@@ -36,6 +36,8 @@ PATH_OPTIONS = frozenset(
 process's own folder, so who opens the session puts the model's in front."""
 
 _CODE = "trt_extra_plugin_lib_paths"
+_GRAPH_REPLAY = "trt_cuda_graph_enable"
+_REPLAYS = "it replays one shape at one address"
 _PRECISIONS = {"FP32": None, "FP16": "trt_fp16_enable", "BF16": "trt_bf16_enable", "INT8": "trt_int8_enable"}
 # The default tries every algorithm whenever a shape is new, which takes seconds.
 _CUDA_DEFAULTS = {"cudnn_conv_algo_search": "HEURISTIC"}
@@ -107,6 +109,8 @@ def tensorrt_options(parameters: Mapping[str, str]) -> dict[str, str]:
             raise ValueError(f"unknown parameter '{key}' is provided for TensorRT Execution Accelerator")
         name, parse = _TENSORRT[key]
         options[name] = _parsed(key, value, parse)
+        if key == _GRAPH_REPLAY and options[name] == "1":
+            raise ValueError(f"{key} is not offered: {_REPLAYS}")
     return options
 
 
@@ -254,7 +258,7 @@ _CUDA: dict[str, Callable[[str], str]] = {
 }
 _NOT_OFFERED_CUDA = {
     "device_id": "instance_group says which card",
-    "enable_cuda_graph": "it replays one shape at one address",
+    "enable_cuda_graph": _REPLAYS,
     **dict.fromkeys(
         (
             "user_compute_stream",

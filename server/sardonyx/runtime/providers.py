@@ -23,6 +23,8 @@ class ExecutionProvider:
     """Ours: ``cpu``."""
     ort_name: str
     options: dict[str, str] = field(default_factory=dict)
+    package: str = "sardonyx[cuda]"
+    """What brings it along."""
 
 
 _PROVIDERS = {
@@ -32,7 +34,7 @@ _PROVIDERS = {
         # The arena's default doubles its last block, which wastes up to half of a card that other models share.
         ExecutionProvider("cuda", "CUDAExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"}),
         ExecutionProvider("tensorrt", "TensorrtExecutionProvider"),
-        ExecutionProvider("openvino", "OpenVINOExecutionProvider"),
+        ExecutionProvider("openvino", "OpenVINOExecutionProvider", package="onnxruntime-openvino"),
     )
 }
 
@@ -68,6 +70,7 @@ def execution_provider(name: str, options: Mapping[str, str] | None = None) -> E
         raise ConfigError(f"{name!r} is not known; known are {', '.join(_PROVIDERS)}", field="execution provider")
     if provider.ort_name not in ort.get_available_providers():
         raise ConfigError(
-            f"{name!r} is not part of the installed ONNX Runtime; install sardonyx[{name}]", field="execution provider"
+            f"{name!r} is not part of the installed ONNX Runtime; install {provider.package}",
+            field="execution provider",
         )
     return replace(provider, options=provider.options | dict(options)) if options else provider

@@ -5,8 +5,10 @@ arrays, our error tree and the standard logger: ONNX Runtime's own texts hold pa
 log ``sardonyx.onnxruntime`` and never into a message.
 """
 
+import contextlib
 import ctypes
 import functools
+import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -363,9 +365,15 @@ def _tensor_spec(argument: Any) -> TensorSpec:
 
 @functools.cache
 def _prepare_process() -> None:
-    """Route ONNX Runtime's log and switch its telemetry off; once, since both are the process's."""
+    """Route ONNX Runtime's log, switch its telemetry off, load CUDA's libraries; once, since all are the process's."""
     ort.disable_telemetry_events()
     ort.set_default_logger_callback(_log, _ort_severity())
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        # The wheels of CUDA and cuDNN put their libraries where no dynamic loader looks. What fails is printed.
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            ort.preload_dlls()
+        for line in printed.getvalue().splitlines():
+            _ort_logger.info("%s", line)
 
 
 def _ort_severity() -> int:

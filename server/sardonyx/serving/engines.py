@@ -30,7 +30,7 @@ from sardonyx.runtime import tensorrt_library
 from sardonyx.runtime.engine_cache import EngineFiles, EngineKey, hash_graph, prepare_engine
 from sardonyx.runtime.external_data import check_external_data
 from sardonyx.runtime.graph_inputs import DeclaredGraph, read_graph
-from sardonyx.runtime.providers import ORT_VERSION, ExecutionProvider
+from sardonyx.runtime.providers import ORT_VERSION
 from sardonyx.runtime.session import Session, SessionConfig
 
 _FIELD = "optimization.execution_accelerators.gpu_execution_accelerator"
@@ -187,8 +187,5 @@ def _profile(place: GraphPlace, graph: DeclaredGraph, given: Profile) -> Profile
 
 
 def _open(place: GraphPlace, path: Path, config: SessionConfig, options: dict[str, str]) -> Session:
-    providers = tuple(
-        ExecutionProvider(each.name, each.ort_name, options) if each.name == "tensorrt" else each
-        for each in config.providers
-    )
+    providers = tuple(replace(each, options=options) if each.name == "tensorrt" else each for each in config.providers)
     return sessions.open_session(path, model_name=place.model, config=replace(config, providers=providers))
