@@ -6,12 +6,13 @@ Only attention is computed in 16 bits, as PagedAttention has it; everything arou
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
-from tests.tiny_models import TinyDecoder, _GraphWriter
+from tests.tiny_models import TinyDecoder, _GraphWriter, make_language_model
 
-from sardonyx.repository import families
+from sardonyx.repository import families, manifest
 from sardonyx_export.builders.feed import build_feed
 from sardonyx_export.builders.sampler import build_sampler
 
@@ -89,6 +90,27 @@ class _PagedWriter(_GraphWriter):
                 inputs.append(_port(f"past_key_values.{layer}.{side}", TensorProto.FLOAT16, *cache))
                 outputs.append(_port(f"present.{layer}.{side}", TensorProto.FLOAT16, *cache))
         return _model(self.nodes, inputs, outputs, self.initializers)
+
+
+def make_paged_repository(root: Path, *, parameters: dict[str, str] | None = None, instance_group: str = "") -> Path:
+    """A model ``tiny`` of `tests.tiny_models` as if it had been exported for cards. Returns its version folder."""
+    folder = make_language_model(root, parameters=parameters)
+    old = manifest.parse((folder / manifest.FILE_NAME).read_bytes())
+    assert old.llm is not None
+    for file in (old.graphs["decoder"].model, *old.graphs["decoder"].data):
+        (folder / file.path).unlink()
+    sizes = TinyDecoder(vocab_size=old.llm.vocab_size)
+    paths = make_paged_model(folder, sizes)
+    graphs = {
+        role: manifest.Graph(model=manifest.GraphFile(path=path.name, sha256="0" * 64, size_bytes=path.stat().st_size))
+        for role, path in paths.items()
+    }
+    llm = msgspec.structs.replace(old.llm, kv=paged_language_model(sizes).kv)
+    new = msgspec.structs.replace(old, target="cuda", precision="fp16", activations="fp16", graphs=graphs, llm=llm)
+    (folder / manifest.FILE_NAME).write_bytes(manifest.encode(new))
+    with (root / "tiny" / "config.pbtxt").open("a") as config:
+        config.write(instance_group)
+    return folder
 
 
 def poison(path: Path, token_id: int) -> Path:

@@ -20,6 +20,16 @@ def test_good_repository_has_no_findings(repository, publish):
     assert check_repository(repository.root) == []
 
 
+@pytest.mark.parametrize(("target", "num_findings"), [("cpu", 1), ("cuda", 0)])
+def test_a_language_model_for_cards_may_name_its_card(repository, publish, target, num_findings):
+    folder = publish("one", "instance_group { kind: KIND_GPU gpus: 1 }")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"target": target}))
+    findings = messages(repository.root)
+    assert len(findings) == num_findings
+    assert all("instance_group" in finding for finding in findings)
+
+
 def test_missing_repository_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="no model repository"):
         check_repository(tmp_path / "nowhere")

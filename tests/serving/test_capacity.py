@@ -4,7 +4,16 @@ from hypothesis import strategies as st
 
 from sardonyx.errors import ConfigError
 from sardonyx.repository.config import LanguageModelOptions
-from sardonyx.serving.capacity import EngineLimits, count_slots, describe_capacity, engine_limits
+from sardonyx.repository.families import KvLayout
+from sardonyx.serving.capacity import (
+    BlockNeed,
+    EngineLimits,
+    count_blocks,
+    count_slots,
+    describe_blocks,
+    describe_capacity,
+    engine_limits,
+)
 from sardonyx.settings import Settings
 
 
@@ -68,4 +77,39 @@ def test_the_log_says_how_the_cache_came_to_its_size() -> None:
     assert line == (
         "KV cache: 3 slots (4 were wanted) of 1,000 tokens (900 + a chunk of 101 - 1), 1.0 MiB each, 3.0 MiB in all, "
         "within 3.5 MiB from half of the free memory; taken when used"
+    )
+
+
+KV = KvLayout(num_layers=2, num_kv_heads=3, head_size=8, datatype="FP16", block_size=64)
+BLOCK_BYTES = 2 * 2 * 3 * 64 * 8 * 2
+
+
+def test_a_cache_in_blocks_needs_whole_blocks_for_each_sequence_and_one_for_nobody() -> None:
+    need = BlockNeed.of(make(max_model_len=130, max_num_seqs=4), KV)
+    assert (need.block_size, need.block_bytes) == (64, BLOCK_BYTES)
+    assert (need.least, need.wanted) == (1 + 3, 1 + 12)
+
+
+def test_blocks_are_as_many_as_fit_and_no_more_than_wanted() -> None:
+    limits = make(max_model_len=130, max_num_seqs=4)
+    need = BlockNeed.of(limits, KV)
+    assert count_blocks(limits, need, 6 * BLOCK_BYTES - 1, source="x") == 5
+    assert count_blocks(limits, need, 1 << 40, source="x") == 13
+
+
+def test_a_budget_without_blocks_for_one_sequence_names_what_to_lower() -> None:
+    limits = make(max_model_len=130)
+    with pytest.raises(ConfigError) as caught:
+        count_blocks(limits, BlockNeed.of(limits, KV), 3 * BLOCK_BYTES, source="kv_cache_bytes")
+    assert caught.value.field == "max_model_len"
+    assert "kv_cache_bytes leaves" in caught.value.reason
+    assert "lower max_model_len (to 128 at most)" in caught.value.reason
+
+
+def test_the_log_says_how_a_cache_in_blocks_came_to_its_size() -> None:
+    limits = make(max_model_len=1000, max_num_seqs=4)
+    need = BlockNeed(block_size=256, block_bytes=1 << 20, least=5, wanted=17)
+    assert describe_blocks(limits, need, 10, 21 << 19, "half of the card") == (
+        "KV cache: 10 blocks of 256 tokens, for 2 sequences of 1,000 tokens (4 were wanted), 1.0 MiB each, 10.0 MiB "
+        "in all, within 10.5 MiB from half of the card"
     )

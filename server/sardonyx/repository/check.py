@@ -12,6 +12,7 @@ from sardonyx.errors import ConfigError
 from sardonyx.repository.autocomplete import DEFAULT_GRAPH, complete_config
 from sardonyx.repository.config import ENSEMBLE, language_model_options
 from sardonyx.repository.config_fields import refuse_fields
+from sardonyx.repository.device_placement import without_device
 from sardonyx.repository.layout import ModelEntry, Repository, file_problems, read_manifest
 from sardonyx.repository.manifest import Manifest
 from sardonyx.repository.tensor_config import read_tensor_config
@@ -122,7 +123,9 @@ def _language_model_problems(
         yield ConfigError("lists no tokenizer.json", file=str(folder / "manifest.json"), field="files")
     file = str(entry.config_path)
     try:
-        options = language_model_options(entry.config, file=file)
+        # Which card a model for cards runs on is checked where the cards are.
+        config = entry.config if manifest.target == "cpu" else without_device(entry.config)
+        options = language_model_options(config, file=file)
     except ConfigError as error:
         yield error
         return

@@ -7,6 +7,8 @@ import msgspec
 
 from sardonyx.errors import ConfigError
 from sardonyx.repository.config import LanguageModelOptions
+from sardonyx.repository.families import KvLayout
+from sardonyx.runtime.kv_cache import bytes_per_slot
 from sardonyx.settings import Settings
 
 
@@ -72,6 +74,65 @@ def describe_capacity(limits: EngineLimits, slot_bytes: int, num_slots: int, bud
         f"KV cache: {num_slots} slots ({wanted}) of {limits.capacity:,} tokens "
         f"({limits.max_model_len:,} + a chunk of {limits.max_chunk_tokens:,} - 1), {_mib(slot_bytes)} each, "
         f"{_mib(num_slots * slot_bytes)} in all, within {_mib(budget_bytes)} from {source}; taken when used"
+    )
+
+
+class BlockNeed(msgspec.Struct, frozen=True, kw_only=True):
+    """A cache in blocks: what one sequence needs, and what is wanted. Block 0 belongs to nobody and is counted in."""
+
+    block_size: int
+    """Tokens."""
+    block_bytes: int
+    least: int
+    """Blocks: one sequence of `EngineLimits.max_model_len` fits."""
+    wanted: int
+    """Blocks: as many such sequences as may run."""
+
+    @staticmethod
+    def of(limits: EngineLimits, kv: KvLayout) -> "BlockNeed":
+        """What these limits need of such a cache."""
+        assert kv.block_size is not None, "the cache has blocks"
+        each = -(-limits.max_model_len // kv.block_size)
+        return BlockNeed(
+            block_size=kv.block_size,
+            block_bytes=bytes_per_slot(kv, kv.block_size),
+            least=1 + each,
+            wanted=1 + limits.max_num_seqs * each,
+        )
+
+
+def count_blocks(limits: EngineLimits, need: BlockNeed, budget_bytes: int, *, source: str) -> int:
+    """Blocks that fit into a budget, at most those that are wanted.
+
+    Args:
+        limits: what is wanted.
+        need: the same in blocks.
+        budget_bytes: for all blocks together.
+        source: where the budget comes from, for the error.
+
+    Raises:
+        ConfigError: not even one sequence fits; the message says what to lower.
+    """
+    num_blocks = min(need.wanted, budget_bytes // need.block_bytes)
+    if num_blocks < need.least:
+        fitting = max(0, budget_bytes // need.block_bytes - 1) * need.block_size
+        raise ConfigError(
+            f"one sequence of {limits.max_model_len:,} tokens needs {_mib(need.least * need.block_bytes)} of KV cache, "
+            f"{source} leaves {_mib(budget_bytes)}: lower max_model_len (to {fitting:,} at most), or raise "
+            "kv_cache_bytes or device_memory_fraction",
+            field="max_model_len",
+        )
+    return num_blocks
+
+
+def describe_blocks(limits: EngineLimits, need: BlockNeed, num_blocks: int, budget_bytes: int, source: str) -> str:
+    """One line for the log: how a cache in blocks came to its size."""
+    num_seqs = (num_blocks - 1) // (need.least - 1)
+    wanted = "as many as wanted" if num_blocks == need.wanted else f"{limits.max_num_seqs} were wanted"
+    return (
+        f"KV cache: {num_blocks:,} blocks of {need.block_size} tokens, for {num_seqs} sequences of "
+        f"{limits.max_model_len:,} tokens ({wanted}), {_mib(need.block_bytes)} each, "
+        f"{_mib(num_blocks * need.block_bytes)} in all, within {_mib(budget_bytes)} from {source}"
     )
 
 

@@ -5,10 +5,13 @@ Floor 4. Everything here blocks; the registry runs it in worker threads.
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from sardonyx.core import RunnerLimits
+import msgspec
+
+from sardonyx.core import Batch, Runner, RunnerLimits, StepOutput
 from sardonyx.engine.continuous import ContinuousOptions, ContinuousPolicy
 from sardonyx.engine.loop import StepLoop
 from sardonyx.errors import ConfigError
@@ -17,6 +20,7 @@ from sardonyx.processing.chat_messages import ChatLimits
 from sardonyx.processing.chat_template import ChatTemplate
 from sardonyx.processing.tokenizer import Tokenizer
 from sardonyx.repository.config import language_model_options
+from sardonyx.repository.device_placement import without_device
 from sardonyx.repository.families import LanguageModel
 from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
 from sardonyx.repository.manifest import Manifest, all_files
@@ -26,26 +30,48 @@ from sardonyx.runtime.session import open_session
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.capacity import EngineLimits, count_slots, describe_capacity, engine_limits
 from sardonyx.serving.dispatch import EventDispatch
-from sardonyx.serving.memory import KvBudget, KvShare
+from sardonyx.serving.memory import DeviceBudgets, KvBudget, KvShare
 from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.prompts import BYTES_PER_POSITION
 from sardonyx.serving.status import unix_time
 from sardonyx.serving.text import TextLimits, TextModel, TextVersion
+from sardonyx.serving.text_device import DeviceText, DeviceTexts
 from sardonyx.serving.text_tensors import TextTensorModel
 from sardonyx.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 
+class _Opened(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's runner, its cache in place, and what is to be done with it later."""
+
+    runner: Runner[Batch, StepOutput]
+    block_size: int
+    """Tokens: of a block, or of a slot."""
+    num_blocks: int
+    prepare: Callable[[], None] = lambda: None
+    """In the thread that runs the steps, before the first one."""
+    settle: Callable[[], None] = lambda: None
+    """When the model serves."""
+    give_back: Callable[[], None]
+    """When it is closed."""
+
+
 class TextLoader:
     """Loads language models. What they share is made here.
 
     Args:
-        budget: for the KV caches of all models that bring no `kv_cache_bytes` of their own.
+        settings: of the server.
+        metrics: of the server.
+        budget: for the KV caches of all models in the host's memory that bring no `kv_cache_bytes` of their own.
+        devices: opens models for cards; ``None``: with budgets that no other family shares.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, budget: KvBudget) -> None:
+    def __init__(
+        self, settings: Settings, metrics: Metrics, budget: KvBudget, devices: DeviceTexts | None = None
+    ) -> None:
         self._settings = settings
+        self._devices = devices or DeviceTexts(settings, DeviceBudgets(settings.device_memory_fraction))
         self._metrics = metrics
         self._budget = budget
         self._pool = WorkerPool()
@@ -59,31 +85,33 @@ class TextLoader:
         """The newest version of a model, its engine running.
 
         Raises:
-            ConfigError: a file is missing or wrong, or one sequence does not fit the memory budget.
+            ConfigError: a file is missing or wrong, one sequence does not fit the memory budget, or the model is for a
+                card that is not there.
         """
         started_s = time.monotonic()
         name = entry.name
         folder, manifest, llm = _newest_version(entry)
+        is_on_card = manifest.target == "cuda"
+        gpu = self._devices.place(entry) if is_on_card else None
         check_files(folder, manifest, hashes=False)
-        options = language_model_options(entry.config, file=str(entry.config_path))
+        config = without_device(entry.config) if is_on_card else entry.config
+        options = language_model_options(config, file=str(entry.config_path))
         limits = engine_limits(options, self._settings, llm.max_model_len)
         version = _read_version(name, folder, manifest, llm, limits)
         with ExitStack() as undo:
-            share = self._take_memory(name, limits, bytes_per_slot(llm.kv, limits.capacity))
-            undo.callback(self._budget.give_back, share)
-            num_slots = self._count_slots(name, limits, bytes_per_slot(llm.kv, limits.capacity), share)
-            session = open_session(folder / manifest.graphs["decoder"].model.path, model_name=name)
-            undo.callback(session.close)
-            runner = DecoderRunner(session, llm, _runner_limits(llm, limits, num_slots))
-            undo.callback(runner.close)
-            runner.warm_up()
+            if gpu is not None:
+                opened = _on_card(self._devices.open(gpu, name, folder, manifest, limits, undo))
+            else:
+                opened = self._open_on_host(name, folder, manifest, limits, undo)
             dispatch = EventDispatch()
-            engine = StepLoop(name, ContinuousPolicy(runner.limits, _policy_options(limits)), runner, dispatch.deliver)
+            policy = ContinuousPolicy(opened.runner.limits, _policy_options(limits))
+            engine = StepLoop(name, policy, opened.runner, dispatch.deliver, prepare=opened.prepare)
             dispatch.connect(engine)
             engine.start()
             undo.pop_all()
+        opened.settle()
         metrics = self._metrics.model(name)
-        metrics.set_cache_info(block_size=limits.capacity, num_blocks=num_slots)
+        metrics.set_cache_info(block_size=opened.block_size, num_blocks=opened.num_blocks)
         statistics = self._metrics.inference(name, version.version)
         statistics.load_s = time.monotonic() - started_s
         logger.info("%s: version %d loaded in %.1f s", name, version.version, statistics.load_s)
@@ -99,9 +127,30 @@ class TextLoader:
                 request_timeout_s=self._settings.request_timeout_s,
                 queue_timeout_s=self._settings.queue_timeout_s,
             ),
-            on_close=lambda: self._budget.give_back(share),
+            on_close=opened.give_back,
         )
         return TextTensorModel(text, entry.config, statistics)
+
+    def _open_on_host(
+        self, name: str, folder: Path, manifest: Manifest, limits: EngineLimits, undo: ExitStack
+    ) -> _Opened:
+        llm = manifest.llm
+        assert llm is not None, "a language model"
+        slot_bytes = bytes_per_slot(llm.kv, limits.capacity)
+        share = self._take_memory(name, limits, slot_bytes)
+        undo.callback(self._budget.give_back, share)
+        num_slots = self._count_slots(name, limits, slot_bytes, share)
+        session = open_session(folder / manifest.graphs["decoder"].model.path, model_name=name)
+        undo.callback(session.close)
+        runner = DecoderRunner(session, llm, _runner_limits(llm, limits, num_slots))
+        undo.callback(runner.close)
+        runner.warm_up()
+        return _Opened(
+            runner=runner,
+            block_size=limits.capacity,
+            num_blocks=num_slots,
+            give_back=lambda: self._budget.give_back(share),
+        )
 
     def _take_memory(self, name: str, limits: EngineLimits, slot_bytes: int) -> KvShare:
         wanted = limits.max_num_seqs * slot_bytes
@@ -122,6 +171,19 @@ class TextLoader:
         return num_slots
 
 
+def _on_card(text: DeviceText) -> _Opened:
+    limits = text.runner.limits
+    return _Opened(
+        runner=text.runner,
+        block_size=limits.block_size,
+        num_blocks=limits.num_blocks,
+        # A captured step belongs to the thread that captures it, so that is the loop's.
+        prepare=text.runner.capture,
+        settle=text.settle,
+        give_back=text.give_back,
+    )
+
+
 def _newest_version(entry: ModelEntry) -> tuple[Path, Manifest, LanguageModel]:
     if not entry.versions:
         raise ConfigError("has no version to serve", file=str(entry.path))
@@ -129,8 +191,6 @@ def _newest_version(entry: ModelEntry) -> tuple[Path, Manifest, LanguageModel]:
     manifest = read_manifest(folder)
     if manifest is None or manifest.llm is None:
         raise ConfigError("is no language model: its manifest does not say so", file=str(folder))
-    if manifest.target != "cpu":
-        raise ConfigError(f"was exported for {manifest.target}; this server runs on the CPU", file=str(folder))
     return folder, manifest, manifest.llm
 
 
