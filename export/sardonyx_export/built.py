@@ -18,7 +18,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     """The source's own word: ``BertModel``."""
     precision: str
-    activations: Literal["fp32", "int8", "int8_rows"] = "fp32"
+    activations: Literal["fp32", "int8", "int8_rows", "fp16", "bf16"] = "fp32"
     graphs: dict[str, list[str]]
     """File names by role, the graph first, then its data files."""
     texts: dict[str, bytes] = {}

@@ -4,6 +4,8 @@ Sources (`sources/`) implement it for safetensors folders and GGUF files; famili
 of files.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -72,3 +74,12 @@ class Checkpoint(Protocol):
     def texts(self) -> dict[str, bytes]:
         """``tokenizer.json``; where known ``tokenizer_config.json``, ``generation_config.json``, a chat template."""
         ...
+
+
+def count_storage(checkpoint: Checkpoint) -> Counter[str]:
+    """Numbers by how the source stores them."""
+    storage: Counter[str] = Counter()
+    for name in checkpoint.names():
+        tensor = checkpoint.tensor(name)
+        storage[tensor.storage] += math.prod(tensor.shape)
+    return storage

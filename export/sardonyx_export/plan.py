@@ -9,10 +9,11 @@ import msgspec
 from sardonyx.repository.manifest import Family
 from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.errors import ExportError
+from sardonyx_export.families.llm import has_wide_activations
 
-Precision = Literal["fp32", "fp16", "int8", "int4"]
-Target = Literal["cpu"]
-Activations = Literal["fp32", "int8", "int8_rows"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Target = Literal["cpu", "cuda"]
+Activations = Literal["fp32", "int8", "int8_rows", "fp16", "bf16"]
 Task = Literal[
     "text-generation", "embeddings", "reranker", "classifier", "image-classifier", "transcription", "text-to-image"
 ]
@@ -26,7 +27,11 @@ FAMILY_OF_TASK: dict[Task, Family] = {
     "text-to-image": "diffusion",
 }
 
-_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.125, "int4": 0.625}
+PAGED_NOTE = "in numpy, not on CUDA"
+"""Begins `Parity.reference` where a graph for CUDA was verified: its operators exist there only, see
+`stages.paged_verify`."""
+
+_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "int4": 0.625}
 """With a float32 scale for every 32 weights."""
 _COARSE_STORAGE_PREFIXES = ("Q2", "Q3", "Q4", "IQ", "TQ", "MXFP4", "NVFP4")
 _ENDS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -66,7 +71,8 @@ def make_plan(
 
     Precision ``auto``, on CPU, is int4 where the source's own matrices have about 4 bits already, since more bits
     would cost speed and bring nothing back; else int8. Rounding full weights to int4 visibly hurts small models, and
-    fp32 is twice as slow at one sequence as int8. Activations ``int8_rows`` leave int8 only.
+    fp32 is twice as slow at one sequence as int8. Activations ``int8_rows`` leave int8 only. For CUDA it is 16 bits
+    where the source has no 4-bit blocks: what the activations say, else bf16 where fp16 might overflow.
 
     Raises:
         ExportError: more positions than the model was made for, or a configuration without its basic fields.
@@ -86,10 +92,13 @@ def make_plan(
             num_weights += size
             num_coarse += size if tensor.storage.startswith(_COARSE_STORAGE_PREFIXES) else 0
     is_coarse = num_coarse > num_weights / 2 and activations != "int8_rows"
-    chosen: Precision = precision if precision != "auto" else "int4" if is_coarse else "int8"
+    chosen = precision
+    if chosen == "auto":
+        chosen = "int4" if is_coarse else "int8" if target == "cpu" else _floats(checkpoint, activations)
     num_parameters = storage.total()
     estimate = num_weights * _BYTES_PER_WEIGHT[chosen]
-    estimate += (num_parameters - num_weights) * _BYTES_PER_WEIGHT["fp32" if chosen == "fp32" else "int8"]
+    is_whole = chosen in ("fp32", "fp16", "bf16")
+    estimate += (num_parameters - num_weights) * _BYTES_PER_WEIGHT[chosen if is_whole else "int8"]
     return Plan(
         name=name,
         architecture=checkpoint.config["architectures"][0],
@@ -101,3 +110,9 @@ def make_plan(
         storage=dict(storage.most_common()),
         estimated_bytes=int(estimate),
     )
+
+
+def _floats(checkpoint: Checkpoint, activations: Activations | None) -> Precision:
+    if activations is None:
+        return "bf16" if has_wide_activations(checkpoint) else "fp16"
+    return "bf16" if activations == "bf16" else "fp16"

@@ -108,15 +108,22 @@ def test_a_folder_without_permission_is_told_in_one_line(
     assert capsys.readouterr().err.splitlines()[-1].startswith("sardonyx: ")
 
 
+def test_a_model_for_cuda_says_where_it_was_verified(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(folder, "--repository", tmp_path / "repository", "--target", "cuda") == 0
+    assert "(run in numpy, not on CUDA)" in capsys.readouterr().err
+
+
 def test_an_option_that_does_not_exist_is_refused(folder: Path) -> None:
     assert _run(folder, "--precision", "int3") != 0
-    assert _run(folder, "--target", "cuda") != 0
+    assert _run(folder, "--target", "tpu") != 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--precision", "fp16"), "fp16 is for diffusion models"),
+        (("--precision", "fp16"), "precision: is fp16; for the target cpu"),
         (("--lora", "style.safetensors"), "--lora: is for diffusion models"),
         (("--lora", "style.safetensors:nan"), "nan is no scale"),
     ],

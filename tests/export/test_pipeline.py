@@ -15,7 +15,7 @@ from sardonyx.repository.layout import Repository
 from sardonyx_export.errors import ExportError
 from sardonyx_export.pipeline import run_export
 from sardonyx_export.plan import Plan, Precision
-from sardonyx_export.request import ExportRequest, ExportResult
+from sardonyx_export.request import ExportRequest, ExportResult, find_existing
 from sardonyx_export.stages import verify
 
 
@@ -90,6 +90,29 @@ def test_a_broken_version_is_mended_by_the_next_one(tmp_path: Path, folder: Path
     request = ExportRequest(source=str(folder), repository=tmp_path / "repository", precision="fp32")
     (_export(request).path / "model.onnx").unlink()
     assert _export(request).version == 2
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
+def test_a_model_for_cuda_is_verified_without_a_card(tmp_path: Path, folder: Path, precision: Precision) -> None:
+    root = tmp_path / "repository"
+    request = ExportRequest(source=str(folder), repository=root, precision=precision, target="cuda")
+    result = _export(request)
+    assert check_repository(root) == []
+    manifest = result.manifest
+    assert (manifest.target, manifest.precision) == ("cuda", precision)
+    assert manifest.activations == ("bf16" if precision == "bf16" else "fp16")
+    assert manifest.llm is not None
+    assert manifest.llm.kv.block_size == 256
+    assert manifest.llm.kv.datatype == manifest.activations.upper()
+    assert {role: graph.model.path for role, graph in manifest.graphs.items()} == {
+        "decoder": "model.onnx",
+        "sampler": "sampler.onnx",
+        "feed": "feed.onnx",
+    }
+    assert manifest.parity[0].num_positions > 100
+    assert manifest.parity[0].reference.startswith("in numpy, not on CUDA: ")
+    assert find_existing(request) is not None
+    assert find_existing(msgspec.structs.replace(request, target="cpu")) is None
 
 
 def test_nothing_is_published_when_the_graph_is_out_of_tolerance(

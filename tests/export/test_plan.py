@@ -46,6 +46,16 @@ def test_auto_takes_int8_where_activations_are_rounded_by_row(tmp_path: Path) ->
     assert make_plan(checkpoint, name="tiny", activations="int8_rows").precision == "int8"
 
 
+def test_auto_takes_sixteen_bits_for_cuda_unless_the_source_has_four(tmp_path: Path) -> None:
+    checkpoint = SafetensorsFolder(write_llama_folder(tmp_path / "tiny"), uri="tiny")
+    plan = make_plan(checkpoint, name="tiny", target="cuda")
+    assert plan.precision == "fp16"
+    assert plan.estimated_bytes == 2 * plan.num_parameters
+    assert make_plan(checkpoint, name="tiny", target="cuda", activations="bf16").precision == "bf16"
+    coarse = _gguf(tmp_path / "a.gguf", gguf.GGMLQuantizationType.Q4_0)
+    assert make_plan(coarse, name="tiny", target="cuda").precision == "int4"
+
+
 def test_a_plan_says_what_will_be_built(tmp_path: Path) -> None:
     checkpoint = SafetensorsFolder(write_llama_folder(tmp_path / "tiny"), uri="tiny")
     plan = make_plan(checkpoint, name="tiny", precision="fp32")

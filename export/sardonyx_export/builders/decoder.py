@@ -1,7 +1,5 @@
 """From a checkpoint to the two files of a decoder's graph, and to the sampler's beside it."""
 
-import math
-from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +17,7 @@ from sardonyx_export.builders.slot_attention import SlotAttention
 from sardonyx_export.builders.weights import MatrixKind, Precision, Progress, WeightWriter
 from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.errors import ExportError
-from sardonyx_export.families.llm import read_spec
+from sardonyx_export.families.llm import has_wide_activations, read_spec
 from sardonyx_export.spec import DecoderSpec
 
 Activations = Literal["fp32", "int8", "int8_rows", "fp16", "bf16"]
@@ -50,7 +48,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     the weights' own error hides it.
 
     CUDA: fp16 or bf16, of all that is computed but logits. ``None``: as the precision says; beside int8 and int4 bf16
-    where that is safer, see `has_wide_activations`.
+    where that is safer, see `families.llm`.
     """
     max_model_len: int | None = None
     """Positions to serve; ``None``: as many as the checkpoint was made for."""
@@ -95,7 +93,7 @@ def build_decoder(
     Raises:
         ExportError: an architecture, a configuration field, a tensor or an option that is not implemented.
     """
-    _check(options)
+    check_options(options)
     spec = read_spec(checkpoint.config, options.max_model_len)
     activations = options.activations or _default_activations(checkpoint, options)
     floats: FloatKind = "bf16" if activations == "bf16" else "fp16" if activations == "fp16" else "fp32"
@@ -140,21 +138,8 @@ def build_decoder(
     )
 
 
-def has_wide_activations(checkpoint: Checkpoint) -> bool:
-    """A 16-bit graph of this checkpoint should be bf16, since fp16 ends at 65,504.
-
-    So it is with weights that were trained and stored in bf16, and with residual streams that begin with scaled
-    embeddings, as Gemma's do.
-    """
-    sizes: Counter[str] = Counter()
-    for name in checkpoint.names():
-        tensor = checkpoint.tensor(name)
-        sizes[tensor.storage] += math.prod(tensor.shape)
-    return 2 * sizes["BF16"] > sizes.total() or read_spec(checkpoint.config).embedding_scale > 1
-
-
-def _check(options: BuildOptions) -> None:
-    """What is asked for exists and goes together."""
+def check_options(options: BuildOptions) -> None:
+    """Raise ExportError unless what is asked for exists and goes together."""
     is_cuda = options.target == "cuda"
     block_sizes = _FUSED_BLOCK_SIZES if is_cuda else _BLOCK_SIZES
     if options.block_size not in block_sizes:

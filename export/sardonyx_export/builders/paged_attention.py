@@ -20,7 +20,6 @@ from sardonyx_export.spec import DecoderSpec, Layer
 
 _HEAD_MULTIPLE = 16
 _MAX_HEAD_SIZE = 256
-_HALF_MULTIPLE = 8
 
 
 class PagedAttention:
@@ -34,7 +33,7 @@ class PagedAttention:
         block_size: positions of a block.
 
     Raises:
-        ExportError: CUDA's kernels do not take heads or rotations of this size.
+        ExportError: CUDA's kernels do not take heads of this size.
     """
 
     def __init__(
@@ -113,9 +112,3 @@ def _check_sizes(spec: DecoderSpec) -> None:
         raise ExportError(
             f"is {spec.head_size}; CUDA takes multiples of {_HEAD_MULTIPLE} to {_MAX_HEAD_SIZE}", field="head_dim"
         )
-    for rope in spec.ropes:
-        if rope.rotary_size // 2 % _HALF_MULTIPLE:
-            raise ExportError(
-                f"rotates {rope.rotary_size} elements of a head; CUDA takes multiples of {2 * _HALF_MULTIPLE}",
-                field="partial_rotary_factor",
-            )

@@ -6,11 +6,14 @@ when an architecture in `architectures` has no parity case.
 Source: the configuration and modelling files of transformers 5.23.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from msgspec.structs import replace
 
+from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.errors import ExportError
 from sardonyx_export.families.config import FILE, ConfigReader
 from sardonyx_export.families.rope import read_rope, rope_from_section
@@ -52,6 +55,19 @@ def read_spec(config: Mapping[str, Any], max_model_len: int | None = None) -> De
             f"is {spec.num_kv_heads}, which does not divide the query heads", file=FILE, field="num_key_value_heads"
         )
     return spec
+
+
+def has_wide_activations(checkpoint: Checkpoint) -> bool:
+    """A 16-bit graph of this checkpoint should be bf16, since fp16 ends at 65,504.
+
+    So it is with weights that were trained and stored in bf16, and with residual streams that begin with scaled
+    embeddings, as Gemma's do.
+    """
+    sizes: Counter[str] = Counter()
+    for name in checkpoint.names():
+        tensor = checkpoint.tensor(name)
+        sizes[tensor.storage] += math.prod(tensor.shape)
+    return 2 * sizes["BF16"] > sizes.total() or read_spec(checkpoint.config).embedding_scale > 1
 
 
 def _common(config: ConfigReader, max_model_len: int, *, is_tied: bool = False) -> DecoderSpec:

@@ -29,11 +29,19 @@ def choose_recipe(opened: OpenSource, request: ExportRequest) -> Recipe:
     task = _task(opened, request)
     if task != "embeddings" and request.pooling is not None:
         raise ExportError(f"is for embeddings; this is exported as {task}", field="--pooling")
-    if task != "text-to-image" and (request.precision == "fp16" or request.loras):
-        field = "--precision" if request.precision == "fp16" else "--lora"
+    if task not in ("text-to-image", "text-generation") and request.precision in ("fp16", "bf16"):
         raise ExportError(
-            f"{'fp16 ' if field == '--precision' else ''}is for diffusion models; this is exported as {task}",
-            field=field,
+            f"{request.precision} is for diffusion models, and for language models with --target cuda; this is "
+            f"exported as {task}",
+            field="--precision",
+        )
+    if task != "text-to-image" and request.loras:
+        raise ExportError(f"is for diffusion models; this is exported as {task}", field="--lora")
+    if task != "text-generation" and request.target != "cpu":
+        raise ExportError(
+            f"{request.target} is for language models: the graphs of others are the same wherever they run; this is "
+            f"exported as {task}",
+            field="--target",
         )
     match task:
         case "text-to-image":

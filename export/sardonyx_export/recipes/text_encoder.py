@@ -1,8 +1,6 @@
 """Encoders of our own builder: embedding models, rerankers and classifiers with a packed graph."""
 
 import os
-from collections import Counter
-from math import prod
 from pathlib import Path
 
 from sardonyx.repository.families import Embeddings, Encoder, Labels
@@ -10,7 +8,7 @@ from sardonyx.repository.manifest import Parity
 from sardonyx.runtime.session import configure_threads
 from sardonyx_export.builders.encoder import build_encoder
 from sardonyx_export.built import Built
-from sardonyx_export.checkpoint import Checkpoint
+from sardonyx_export.checkpoint import Checkpoint, count_storage
 from sardonyx_export.encoder_spec import Array, EncoderSpec, Head
 from sardonyx_export.errors import ExportError
 from sardonyx_export.families.encoder import read_encoder_spec
@@ -79,10 +77,7 @@ class TextEncoderRecipe:
         self.plan = self._plan(name, task, chosen_precision(request))
 
     def _plan(self, name: str, task: Task, precision: Precision) -> Plan:
-        storage: Counter[str] = Counter()
-        for tensor_name in self._checkpoint.names():
-            tensor = self._checkpoint.tensor(tensor_name)
-            storage[tensor.storage] += prod(tensor.shape)
+        storage = count_storage(self._checkpoint)
         return Plan(
             name=name,
             family=FAMILY_OF_TASK[task],

@@ -1,8 +1,6 @@
 """Whisper: encoder, decoder and aligner, verified by the source's own weights in numpy."""
 
 import os
-from collections import Counter
-from math import prod
 from pathlib import Path
 
 import tokenizers
@@ -12,7 +10,7 @@ from sardonyx.runtime.session import configure_threads
 from sardonyx_export.builders.whisper import build_whisper
 from sardonyx_export.builders.whisper_aligner import Alignment
 from sardonyx_export.built import Built
-from sardonyx_export.checkpoint import Checkpoint
+from sardonyx_export.checkpoint import Checkpoint, count_storage
 from sardonyx_export.errors import ExportError
 from sardonyx_export.families.whisper import read_whisper_spec
 from sardonyx_export.families.whisper_tokens import read_whisper_facts
@@ -47,10 +45,7 @@ class WhisperRecipe:
             raise ExportError("follows from the windows of speech models; leave it out", field="--max-model-len")
         self._texts = {file: data for file, data in checkpoint.texts().items() if file in _KEPT_TEXTS}
         self._facts = read_whisper_facts(self._texts, checkpoint.config, self._spec)
-        storage: Counter[str] = Counter()
-        for tensor_name in checkpoint.names():
-            tensor = checkpoint.tensor(tensor_name)
-            storage[tensor.storage] += prod(tensor.shape)
+        storage = count_storage(checkpoint)
         precision = _chosen_precision(request)
         self.plan = Plan(
             name=name,

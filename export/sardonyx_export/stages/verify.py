@@ -60,6 +60,8 @@ class Tolerance(msgspec.Struct, frozen=True, kw_only=True):
 
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(mean_kl=1e-6, top1_agreement=0.99, max_relative_error=1e-4),
+    "fp16": Tolerance(mean_kl=1e-3, top1_agreement=0.95),
+    "bf16": Tolerance(mean_kl=0.02, top1_agreement=0.85),
     "int8": Tolerance(mean_kl=0.03, top1_agreement=0.85),
     "int4": Tolerance(mean_kl=0.3, top1_agreement=0.5),
 }
@@ -131,16 +133,28 @@ def run_graph(path: Path, name: str, model: LanguageModel, prompts: Sequence[Seq
 
 
 def compare(
-    reference: Sequence[Array], measured: Sequence[Array], precision: Precision, activations: Activations | None = None
+    reference: Sequence[Array],
+    measured: Sequence[Array],
+    precision: Precision,
+    activations: Activations | None = None,
+    *,
+    note: str = "",
 ) -> Parity:
     """How far the export is from its source.
+
+    Args:
+        reference: (length, V) for each prompt.
+        measured: the same of the export.
+        precision: of the export.
+        activations: of the export, where they matter.
+        note: what the manifest says first, of how it was measured.
 
     Raises:
         ExportError: farther than the tolerance of the precision, or of activations that have their own.
     """
     has_rows = activations == "int8_rows"
     tolerance = INT8_ROWS_TOLERANCE if has_rows else TOLERANCES[precision]
-    name = f"{REFERENCE}, {len(reference)} prompts"
+    name = f"{note + ': ' if note else ''}{REFERENCE}, {len(reference)} prompts"
     return compare_logits(reference, measured, tolerance, name, kind=activations if has_rows else precision)
 
 

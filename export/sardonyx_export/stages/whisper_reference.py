@@ -87,11 +87,7 @@ class _Reference:
         for i in range(spec.num_encoder_layers):
             self._advance(i)
             part = f"model.encoder.layers.{i}."
-            h = self._norm(x, f"{part}self_attn_layer_norm")
-            sides = [self._linear(h, f"{part}self_attn.{side}_proj", has_bias=side != "k") for side in "qkv"]
-            rows = zip(*(np.split(side, ends) for side in sides), strict=True)
-            mixed = [_attend(*row, num_heads=spec.num_encoder_heads, is_causal=False) for row in rows]
-            x = x + self._linear(np.concatenate(mixed), f"{part}self_attn.out_proj")
+            x = x + self._mix(x, part, ends, num_heads=spec.num_encoder_heads, is_causal=False)
             x = x + self._feed_forward(x, part)
         return self._norm(x, "model.encoder.layer_norm")
 
@@ -106,6 +102,14 @@ class _Reference:
             x = gelu(np.sum(taps, axis=0, dtype=np.float32) + self._read(f"model.encoder.{name}.bias")[:, None])
         return x.T
 
+    def _mix(self, x: Array, part: str, ends: Array, *, num_heads: int, is_causal: bool) -> Array:
+        """Attention of rows, which end at `ends`, to themselves: (T, E) → (T, E)."""
+        h = self._norm(x, f"{part}self_attn_layer_norm")
+        sides = [self._linear(h, f"{part}self_attn.{side}_proj", has_bias=side != "k") for side in "qkv"]
+        rows = zip(*(np.split(side, ends) for side in sides), strict=True)
+        mixed = [_attend(*row, num_heads=num_heads, is_causal=is_causal) for row in rows]
+        return self._linear(np.concatenate(mixed), f"{part}self_attn.out_proj")
+
     def _decode(self, hidden: Array, rows: Sequence[Sequence[int]], done: WhisperPass) -> None:
         spec = self._spec
         ends = np.cumsum([len(row) for row in rows])[:-1]
@@ -116,11 +120,7 @@ class _Reference:
         for i in range(spec.num_decoder_layers):
             self._advance(spec.num_encoder_layers + i)
             part = f"model.decoder.layers.{i}."
-            h = self._norm(x, f"{part}self_attn_layer_norm")
-            sides = [self._linear(h, f"{part}self_attn.{side}_proj", has_bias=side != "k") for side in "qkv"]
-            split = zip(*(np.split(side, ends) for side in sides), strict=True)
-            mixed = [_attend(*row, num_heads=spec.num_decoder_heads, is_causal=True) for row in split]
-            x = x + self._linear(np.concatenate(mixed), f"{part}self_attn.out_proj")
+            x = x + self._mix(x, part, ends, num_heads=spec.num_decoder_heads, is_causal=True)
             h = self._norm(x, f"{part}encoder_attn_layer_norm")
             mixed = self._look(i, h, ends, hidden, done, products)
             x = x + self._linear(np.concatenate(mixed), f"{part}encoder_attn.out_proj")

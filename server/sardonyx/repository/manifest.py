@@ -112,9 +112,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     format_version: int = FORMAT_VERSION
     family: Family
     precision: str
-    """``fp32``, ``int8`` or ``int4``; what `Source.weights` says in detail."""
-    activations: Literal["fp32", "int8", "int8_rows"] = "fp32"
-    """What quantised matrix products make of their other operand: keep it, round it in blocks, or by row."""
+    """``fp32``, ``fp16``, ``bf16``, ``int8`` or ``int4``; what `Source.weights` says in detail."""
+    activations: Literal["fp32", "int8", "int8_rows", "fp16", "bf16"] = "fp32"
+    """What quantised matrix products make of their other operand: keep it, round it in blocks, or by row. fp16 and
+    bf16: all that a graph for CUDA computes, logits aside."""
     target: Literal["cpu", "cuda"] = "cpu"
     graphs: dict[str, Graph]
     """By role: ``decoder``, ``encoder``, ``head``, ``aligner``, ``unet``, ``model`` ..."""

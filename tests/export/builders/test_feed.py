@@ -1,8 +1,8 @@
 import numpy as np
 import onnx
-from sardonyx_export.builders.feed import FEED_FILE, build_feed
 
 from sardonyx.runtime.session import open_session
+from sardonyx_export.builders.feed import FEED_FILE, build_feed
 
 
 def test_tokens_come_from_the_host_or_from_what_was_drawn(tmp_path):

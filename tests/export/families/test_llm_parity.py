@@ -8,12 +8,12 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tests.export.families.parity_cases import CASES, Case
+from tests.export.families.parity_cases import CASES
+from tests.export.families.reference_models import VOCAB_SIZE, reference_model
 
 from sardonyx.core import RunnerLimits
 from sardonyx.repository.families import LanguageModel
@@ -23,11 +23,8 @@ from sardonyx_export.builders.decoder import BuildOptions, build_decoder
 from sardonyx_export.sources.safetensors_folder import SafetensorsFolder
 
 torch = pytest.importorskip("torch", reason="the extra `parity` is not installed")
-transformers = pytest.importorskip("transformers", reason="the extra `parity` is not installed")
 
 TOLERANCE = 1e-3
-VOCAB_SIZE = 128
-MAX_POSITIONS = 96
 NUM_SLOTS = 4
 
 
@@ -48,7 +45,7 @@ class Pair:
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     case = CASES[request.param]
     folder: Path = tmp_path_factory.mktemp(request.param)
-    reference = _reference_model(case)
+    reference = reference_model(case)
     reference.save_pretrained(folder / "source")
     (folder / "source" / "tokenizer.json").write_text("{}")
     (folder / "graph").mkdir()
@@ -99,35 +96,3 @@ def test_logits_equal_the_reference_when_rows_of_different_length_decode_togethe
 def _assert_near(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
     assert actual.shape == expected.shape
     assert np.abs(actual - expected).max() <= TOLERANCE
-
-
-def _reference_model(case: Case) -> Any:
-    """The model in fp32 with weights spread so that every part of the graph moves the logits."""
-    model_class = getattr(transformers, case.architecture)
-    sizes = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": MAX_POSITIONS,
-        "pad_token_id": 0,
-    }
-    if case.architecture.startswith("Gemma"):
-        sizes["head_dim"] = 32
-    config = model_class.config_class(**{**sizes, **case.fields})
-    config._attn_implementation = "eager"
-    model = model_class(config).eval()
-    torch.manual_seed(11)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            elif parameter.ndim == 1:
-                parameter.copy_(0.5 * torch.randn_like(parameter))
-            elif "embed_tokens" in name:
-                parameter.copy_(torch.randn_like(parameter) / (8 if config.tie_word_embeddings else 1))
-            else:
-                parameter.copy_(1.5 * torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
-    return model
