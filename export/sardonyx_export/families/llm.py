@@ -6,14 +6,12 @@ when an architecture in `architectures` has no parity case.
 Source: the configuration and modelling files of transformers 5.23.
 """
 
-import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from msgspec.structs import replace
 
-from sardonyx_export.checkpoint import Checkpoint
+from sardonyx_export.checkpoint import Checkpoint, count_storage
 from sardonyx_export.errors import ExportError
 from sardonyx_export.families.config import FILE, ConfigReader
 from sardonyx_export.families.rope import read_rope, rope_from_section
@@ -63,10 +61,7 @@ def has_wide_activations(checkpoint: Checkpoint) -> bool:
     So it is with weights that were trained and stored in bf16, and with residual streams that begin with scaled
     embeddings, as Gemma's do.
     """
-    sizes: Counter[str] = Counter()
-    for name in checkpoint.names():
-        tensor = checkpoint.tensor(name)
-        sizes[tensor.storage] += math.prod(tensor.shape)
+    sizes = count_storage(checkpoint)
     return 2 * sizes["BF16"] > sizes.total() or read_spec(checkpoint.config).embedding_scale > 1
 
 
