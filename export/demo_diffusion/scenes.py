@@ -29,7 +29,7 @@ COLOURS = {
 }
 NEUTRAL = ("white", "grey", "black")
 """Backgrounds that a caption may leave unsaid."""
-SIZES = {"small": (7.5, 9.0), "medium": (10.0, 12.5), "big": (13.5, 22.0)}
+SIZES = {"small": (7.5, 9.0), "medium": (10.0, 12.0), "big": (13.0, 22.0)}
 """Half extents in pixels. Medium is the size that no caption mentions."""
 MAX_EXTENT_OF_TWO = 15.0
 RELATIONS = ("left", "right", "above", "below")

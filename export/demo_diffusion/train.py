@@ -52,12 +52,12 @@ class Plan:
 
     cache: Path
     seed: int = 0
-    num_scenes: int = 30_000
+    num_scenes: int = 20_000
     autoencoder_steps: int = 4_600
     autoencoder_batch: int = 8
     text_steps: int = 700
     text_batch: int = 128
-    denoiser_steps: int = 11_000
+    denoiser_steps: int = 9_000
     denoiser_batch: int = 16
     denoiser_rate: float = 1e-3
     save_every_s: float = 180.0
