@@ -11,7 +11,7 @@ from tests.tiny_paged import BLOCK_SIZE, make_paged_model, paged_language_model,
 from sardonyx.core import Batch, BatchRow, FinishReason, Request, RunnerLimits, SamplingParams, Sequence
 from sardonyx.engine.continuous import ContinuousOptions, ContinuousPolicy
 from sardonyx.errors import ConfigError, EngineError
-from sardonyx.runners.decoder import DecoderRunner
+from sardonyx.runners.decoder import DecoderRunner, ForwardRow
 from sardonyx.runners.paged_decoder import PagedRunner
 from sardonyx.runners.paged_graphs import PagedGraphs
 from sardonyx.runners.paged_pass import PagedOptions
@@ -107,6 +107,15 @@ def alone(slot_runner, request):
     return sequence.token_ids[sequence.num_prompt_tokens :]
 
 
+def assert_likeliest(slot_runner, request, tokens):
+    """Each token is the likeliest after those before it, but for what 16 bits may decide otherwise."""
+    assert len(tokens) == request.max_tokens
+    text = [*request.prompt_ids, *tokens]
+    places = range(len(request.prompt_ids) - 1, len(text) - 1)
+    logits = slot_runner.forward([ForwardRow(0, text, 0)], places)
+    np.testing.assert_allclose(logits[np.arange(len(tokens)), tokens], logits.max(axis=1), atol=0.02)
+
+
 def make_requests(num_requests, *, max_tokens=10, sampling=GREEDY, **fields):
     return [
         Request(
@@ -131,13 +140,13 @@ def test_tokens_are_those_of_the_runner_over_slots(runner, slot_runner, is_overl
     assert stats.prefix_hit_tokens > 0
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 8), st.integers(0, 12)), min_size=6, max_size=8),
     st.integers(8, 20),
     st.booleans(),
 )
-def test_company_chunks_and_preemption_change_no_token(paths, slot_runner, plan, num_blocks, is_overlapped):
+def test_company_chunks_and_preemption_leave_the_likeliest_tokens(paths, slot_runner, plan, num_blocks, is_overlapped):
     runner = open_runner(paths, limits=make_limits(num_blocks), max_graphs=100)
     requests = [
         Request(id=str(index), prompt_ids=random_ids(index, length), max_tokens=count, sampling=GREEDY)
@@ -145,16 +154,16 @@ def test_company_chunks_and_preemption_change_no_token(paths, slot_runner, plan,
     ]
     events, _, _ = run(runner, requests, [row[2] for row in plan], is_overlapped=is_overlapped)
     for request in requests:
-        assert tokens_of(events[request.id]) == alone(slot_runner, request)
+        assert_likeliest(slot_runner, request, tokens_of(events[request.id]))
 
 
-def test_a_preempted_sequence_goes_on_with_the_same_tokens(paths, slot_runner):
+def test_a_preempted_sequence_goes_on_as_if_nothing_had_been(paths, slot_runner):
     runner = open_runner(paths, limits=make_limits(num_blocks=8))
     requests = [Request(id=str(i), prompt_ids=random_ids(i, 5), max_tokens=60, sampling=GREEDY) for i in range(3)]
     events, stats, _ = run(runner, requests)
     assert stats.num_preemptions > 0
     for request in requests:
-        assert tokens_of(events[request.id]) == alone(slot_runner, request)
+        assert_likeliest(slot_runner, request, tokens_of(events[request.id]))
 
 
 def test_rows_that_need_the_host_are_drawn_beside_those_that_do_not(runner, slot_runner):

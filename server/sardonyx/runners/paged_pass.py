@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sardonyx.core import RunnerLimits
-from sardonyx.errors import EngineError
+from sardonyx.errors import ConfigError, EngineError
 from sardonyx.repository.families import LanguageModel
 from sardonyx.runners.paged_draws import Draws
 from sardonyx.runners.paged_graphs import METADATA, PagedGraphs, StepMemory
@@ -70,7 +70,7 @@ class PagedPass:
         options: see there.
 
     Raises:
-        ConfigError: the cache does not fit the device.
+        ConfigError: the cache does not fit the device, or a step's inputs the host.
     """
 
     def __init__(self, graphs: PagedGraphs, model: LanguageModel, limits: RunnerLimits, options: PagedOptions) -> None:
@@ -86,11 +86,7 @@ class PagedPass:
             graphs, model, limits, input_bytes=largest.num_bytes, max_tokens=self._max_tokens, max_rows=max_rows
         )
         self.drawn = self._memory.drawn
-        device = graphs.device
-        self.hosts = [
-            HostSide(device.allocate_host(largest.num_bytes), device.allocate_host(self.drawn.num_bytes))
-            for _ in range(2)
-        ]
+        self.hosts = self._allocate_hosts(largest.num_bytes)
         """Memory for two steps."""
         self._eager: _Bindings | None = self._new_bindings()
         self._captured: dict[Bucket, _Captured] = {}
@@ -236,6 +232,17 @@ class PagedPass:
             logits_index=np.arange(num_rows, dtype=np.int64) * num_new,
             draws=Draws(zeros, np.zeros(num_rows, np.int64), zeros + 1, zeros, zeros),
         )
+
+    def _allocate_hosts(self, input_bytes: int) -> list[HostSide]:
+        device = self._graphs.device
+        try:
+            return [
+                HostSide(device.allocate_host(input_bytes), device.allocate_host(self.drawn.num_bytes))
+                for _ in range(2)
+            ]
+        except EngineError as error:
+            self._memory.close()
+            raise ConfigError(f"the inputs of its steps do not fit the host: {error.message}") from None
 
     def _new_bindings(self) -> _Bindings:
         graphs = self._graphs

@@ -128,7 +128,7 @@ class Device(Protocol):
         ...
 
     def free(self, address: int) -> None:
-        """Free what `allocate` gave. Waits until all that was given before is done."""
+        """Free what `allocate` gave, when all that was given before is done. Never fails."""
         ...
 
     def allocate_host(self, num_bytes: int) -> Bytes:

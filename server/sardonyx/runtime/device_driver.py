@@ -69,7 +69,6 @@ class Stream(Protocol):
     def read(self, source: int, target: Bytes) -> None: ...
     def record(self) -> int: ...
     def wait(self, event: int) -> None: ...
-    def synchronize(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -109,8 +108,10 @@ class CudaStream:
         return address
 
     def free(self, address: int) -> None:
-        self.synchronize()
-        self._call("cuMemFree_v2", address)
+        """Free what `allocate` gave, once nothing uses it. A card that has failed has nothing to give back."""
+        self._driver.cuCtxSetCurrent(self._context)
+        self._driver.cuStreamSynchronize(self.handle)
+        self._driver.cuMemFree_v2(address)
 
     def allocate_host(self, num_bytes: int) -> Bytes:
         """Memory that the card copies from and to without the host; freed by `close`."""
@@ -142,17 +143,15 @@ class CudaStream:
         finally:
             self._driver.cuEventDestroy_v2(event)
 
-    def synchronize(self) -> None:
-        """Wait for all that was given to the stream."""
-        self._enter()
-        self._call("cuStreamSynchronize", self.handle)
-
     def close(self) -> None:
-        """Give everything back but memory that `allocate` gave. Arrays of `allocate_host` are invalid afterwards."""
+        """Give everything back but memory that `allocate` gave. Arrays of `allocate_host` are invalid afterwards.
+
+        Also where the card has failed; idempotent.
+        """
         if not self._is_open:
             return
         self._is_open = False
-        self._enter()
+        self._driver.cuCtxSetCurrent(self._context)
         self._driver.cuStreamSynchronize(self.handle)
         for address in self._host:
             self._driver.cuMemFreeHost(address)
