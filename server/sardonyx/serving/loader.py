@@ -3,9 +3,9 @@
 Floor 4. Everything here blocks; the registry runs it in worker threads.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from sardonyx.errors import ConfigError, ModelNotFound
 from sardonyx.metrics import Metrics
@@ -22,7 +22,8 @@ from sardonyx.serving.engines import Engines
 from sardonyx.serving.ensemble import EnsembleModel
 from sardonyx.serving.entry import DIFFUSION_FAMILY, ENCODER_FAMILIES, IMAGE_CLASSIFIER, SPEECH_FAMILY, TEXT_FAMILY
 from sardonyx.serving.image_loader import ImageClassifierLoader
-from sardonyx.serving.memory import KvBudget, MemoryBudget, MemoryNeed
+from sardonyx.serving.load_memory import LoadMemory
+from sardonyx.serving.memory import DeviceBudgets, KvBudget
 from sardonyx.serving.override import override_config, override_folder
 from sardonyx.serving.registry import Registry
 from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
@@ -31,6 +32,7 @@ from sardonyx.serving.task_finder import Judge, TaskFinder
 from sardonyx.serving.task_tensors import TaskTensorModel
 from sardonyx.serving.tensor_loader import TensorLoader
 from sardonyx.serving.tensors import TensorModel
+from sardonyx.serving.text_device import DeviceTexts
 from sardonyx.serving.text_loader import TextLoader
 from sardonyx.settings import Settings, usable_cores
 
@@ -47,9 +49,10 @@ def build_registry(settings: Settings, metrics: Metrics) -> Registry:
     configure_threads(settings.num_threads or usable_cores(), allow_spinning=settings.allow_spinning)
     repositories = [Repository(path) for path in (settings.repository, *settings.more_repositories)]
     entries = merge([index(each) for each in repositories])
-    num_models = sum(entry.family in _CACHING and entry.target == "cpu" for entry in entries)
-    budget = KvBudget(int(settings.memory_fraction * free_memory_bytes()), num_models)
-    loader = ModelLoader(repositories, settings, metrics, budget)
+    num_models = Counter(entry.target for entry in entries if entry.family in _CACHING)
+    budget = KvBudget(int(settings.memory_fraction * free_memory_bytes()), num_models["cpu"])
+    devices = DeviceBudgets(settings.device_memory_fraction, num_models["cuda"])
+    loader = ModelLoader(repositories, settings, metrics, budget, devices)
     registry = Registry(
         loader,
         default_model=settings.default_model,
@@ -66,21 +69,29 @@ class ModelLoader:
     """Loads models of any family; a `registry.ModelSource`. Made before the registry; `connect` closes the circle.
 
     Args:
-        budget: for the KV caches of all language and speech models.
+        budget: for the KV caches of all language and speech models on the host.
+        devices: for all that models hold on cards; ``None``: budgets that expect one language model.
     """
 
-    def __init__(self, repositories: list[Repository], settings: Settings, metrics: Metrics, budget: KvBudget) -> None:
+    def __init__(
+        self,
+        repositories: list[Repository],
+        settings: Settings,
+        metrics: Metrics,
+        budget: KvBudget,
+        devices: DeviceBudgets | None = None,
+    ) -> None:
         self._repositories = repositories
         self._registry: Registry | None = None
-        self._texts = TextLoader(settings, metrics, budget)
+        devices = devices or DeviceBudgets(settings.device_memory_fraction)
+        self._texts = TextLoader(settings, metrics, budget, DeviceTexts(settings, devices))
         self._engines = Engines(settings.engine_cache, metrics)
         self._encoders = EncoderLoader(settings, metrics, self._engines)
         self._images = ImageClassifierLoader(settings, metrics, self._engines)
         self._speech = SpeechLoader(settings, metrics, budget)
         self._diffusion = DiffusionLoader(settings, metrics, self._judge, self._engines)
         self._tensors = TensorLoader(settings, metrics, self._part, self._engines)
-        remedy = "unload another model, export it with a smaller precision, or lower memory_fraction"
-        self._host = MemoryBudget("this machine", free_memory_bytes, remedy=remedy)
+        self._memory = LoadMemory(devices, num_gpus())
 
     def connect(self, registry: Registry) -> None:
         """Where ensembles find their parts, and image models their moderators. Once, before the first load."""
@@ -113,7 +124,7 @@ class ModelLoader:
             if not entry.versions:
                 raise ConfigError("has no version to serve", file=str(entry.path))
             manifest = read_manifest(entry.version_path(entry.versions[-1]))
-            with self._host_memory(entry, manifest):
+            with self._memory.reserve(entry, manifest):
                 return self._load(entry, manifest)
 
     def _load(self, entry: ModelEntry, manifest: Manifest | None) -> LoadedModel:
@@ -132,23 +143,6 @@ class ModelLoader:
         if manifest.family == DIFFUSION_FAMILY:
             return LoadedModel(versions=_load_versions(entry, self._diffusion.load))
         raise ConfigError(f"models of the family {manifest.family} are not served", file=str(entry.path))
-
-    @contextmanager
-    def _host_memory(self, entry: ModelEntry, manifest: Manifest | None) -> Iterator[None]:
-        """Room for weights that the processor works on, while the block loads them: it would swap without.
-
-        Raises:
-            ConfigError: they do not fit into what is free.
-        """
-        is_on_cards = manifest.target != "cpu" if manifest is not None else num_gpus() > 0
-        versions = entry.versions[-1:] if manifest is not None and manifest.family == TEXT_FAMILY else entry.versions
-        num_bytes = 0 if is_on_cards else sum(_file_bytes(entry.version_path(version)) for version in versions)
-        share = self._host.take(entry.name, MemoryNeed(weights_bytes=num_bytes))
-        try:
-            yield
-        finally:
-            # Whatever is loaded now, the next measurement sees.
-            self._host.give_back(share)
 
     def _entry(self, name: str, override: ModelOverride | None) -> AbstractContextManager[ModelEntry]:
         """The model's folder and config, or what the caller brought in their place while the block runs."""
@@ -173,10 +167,6 @@ class ModelLoader:
     def _part(self, name: str, version: int | None) -> ServedModel:
         assert self._registry is not None
         return self._registry.part(name, version)
-
-
-def _file_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 _Discardable = TensorModel | EnsembleModel | TaskTensorModel
