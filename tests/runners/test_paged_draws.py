@@ -38,6 +38,9 @@ def test_uniform_numbers_are_those_of_the_hosts_sampler(pairs):
         (SamplingParams(num_logprobs=0), False),
         (SamplingParams(num_logprobs=1), True),
         (SamplingParams(top_k=5, top_p=0.5, min_p=0.1, seed=3), False),
+        (SamplingParams(top_k=1024), False),
+        (SamplingParams(top_k=1025), True),
+        (SamplingParams(top_k=1025, temperature=0.0), False),
     ],
 )
 def test_the_host_draws_what_the_device_cannot(sampling, expected):

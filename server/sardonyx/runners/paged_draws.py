@@ -12,6 +12,8 @@ from sardonyx.core import BatchRow, Sequence
 from sardonyx.runners.prompt_scores import num_prompt_positions
 from sardonyx.runners.sampler import MIN_TEMPERATURE
 
+MAX_CANDIDATES = 1024
+"""Likeliest tokens that the device's sampler sorts; of a wider nucleus it draws from the first so many."""
 _ALMOST_ONE = np.float32(1.0 - 2.0**-24)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -25,7 +27,7 @@ def draws_on_host(sequence: Sequence) -> bool:
         or params.frequency_penalty
         or params.logit_bias
         or params.num_logprobs
-        or (params.typical_p < 1.0 and params.temperature >= MIN_TEMPERATURE)
+        or (params.temperature >= MIN_TEMPERATURE and (params.typical_p < 1.0 or params.top_k > MAX_CANDIDATES))
     )
 
 
