@@ -118,16 +118,29 @@ def test_same_content_computed_twice_is_kept_once():
     assert blocks.take([], 1) == second
 
 
+def test_what_is_behind_a_content_computed_twice_is_found_whoever_computed_it():
+    blocks = make_blocks()
+    first, second = blocks.take([], 1), blocks.take([], 2)
+    blocks.fill(first, 0, run_of(1, 1))
+    blocks.fill(second, 0, run_of(1, 1))
+    blocks.fill(second, 1, run_of(1, 2))
+    assert blocks.match(pack_ids(run_of(1, 2)), 2 * SIZE) == [first[0], second[1]]
+
+
 def test_what_is_not_valid_is_never_found_again():
     blocks = make_blocks()
     table = hold(blocks, run_of(1, 3))
     sharer = hold(blocks, [*run_of(1, 2), *run_of(2, 1), 9])
+    also = hold(blocks, [*run_of(1, 2), 9])
     blocks.release(table, is_valid=False)
     assert blocks.match(pack_ids(run_of(1, 3)), 3 * SIZE) == []
     # Nor is anything behind it, whether it was computed before or comes later.
+    blocks.fill(also, 2, [*run_of(1, 2), *run_of(5, 1)])
     blocks.extend(sharer)
     blocks.fill(sharer, 3, [*run_of(1, 2), *run_of(2, 1), *run_of(3, 1)])
     blocks.release(sharer)
+    blocks.release(also)
+    assert blocks.num_retained_tokens == 2 * SIZE, "the sharer's own two, until they are taken"
     assert blocks.match(pack_ids([*run_of(1, 2), *run_of(2, 1)]), 3 * SIZE) == []
     again = hold(blocks, run_of(1, 2))
     assert blocks.match(pack_ids([*run_of(1, 2), *run_of(2, 1)]), 3 * SIZE) == again[:2]

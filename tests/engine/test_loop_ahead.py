@@ -180,10 +180,11 @@ def test_loop_dies_when_steps_keep_failing_and_counts_two_that_fall_together_onc
     bench = make_bench(fail, max_failed_steps=2)
     bench.loop.submit(request("a"))
     bench.inbox.wait_for_end("a")
-    assert bench.loop.is_alive
     bench.loop.submit(request("b"))
     bench.inbox.wait_for_end("b")
     bench.loop._thread.join(TIMEOUT_S)
+    assert bench.inbox.of("b")[-1].error == "the session failed", "and not: the engine has stopped"
+    assert bench.loop.stats().num_failed_steps == 4
     assert not bench.loop.is_alive
     with pytest.raises(EngineDead):
         bench.loop.submit(request("c"))

@@ -27,13 +27,15 @@ _UNKNOWN = -1
 ID_BYTES = array("i").itemsize
 
 
-class _Content(NamedTuple):
+class Content(NamedTuple):
+    """The name of what a full block holds."""
+
     before: int
     """Number of what comes before these tokens."""
     packed_ids: bytes
 
 
-_NOTHING = _Content(_UNKNOWN, b"")
+_NOTHING = Content(_UNKNOWN, b"")
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:
@@ -55,7 +57,7 @@ class KvBlocks:
         self._num_holders = [0] * num_blocks
         self._numbers = [_UNKNOWN] * num_blocks
         self._contents = [_NOTHING] * num_blocks
-        self._found: dict[_Content, int] = {}
+        self._found: dict[Content, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
         self._next_number = count(_START + 1)
         self._num_retained = 0
@@ -94,7 +96,7 @@ class KvBlocks:
         blocks: list[int] = []
         num_bytes, number = self._block_size * ID_BYTES, _START
         for start in range(0, max_tokens // self._block_size * num_bytes, num_bytes):
-            block = self._found.get(_Content(number, packed_ids[start : start + num_bytes]))
+            block = self._found.get(Content(number, packed_ids[start : start + num_bytes]))
             if block is None:
                 break
             blocks.append(block)
@@ -144,14 +146,35 @@ class KvBlocks:
             index: of the block in them.
             ids: the sequence's tokens.
         """
-        before = self._numbers[blocks[index - 1]] if index else _START
+        before = self._number_before(blocks, index)
         if before == _UNKNOWN:
             return
         start = index * self._block_size
-        block, content = blocks[index], _Content(before, pack_ids(ids[start : start + self._block_size]))
+        block, content = blocks[index], Content(before, pack_ids(ids[start : start + self._block_size]))
         other = self._found.setdefault(content, block)
         self._contents[block] = content
         self._numbers[block] = next(self._next_number) if other == block else self._numbers[other]
+
+    def name(self, blocks: list[int], index: int, packed_ids: bytes) -> Content | None:
+        """What a block will hold once it is full.
+
+        Args:
+            blocks: those before `index` at least, full and with the same tokens.
+            index: of the block.
+            packed_ids: the tokens of a sequence.
+
+        Returns:
+            The name, equal for all that begin with the same tokens; ``None`` where it will not be found, or they end
+            before the block does.
+        """
+        before = self._number_before(blocks, index)
+        start, num_bytes = index * self._block_size * ID_BYTES, self._block_size * ID_BYTES
+        if before == _UNKNOWN or start + num_bytes > len(packed_ids):
+            return None
+        return Content(before, packed_ids[start : start + num_bytes])
+
+    def _number_before(self, blocks: list[int], index: int) -> int:
+        return self._numbers[blocks[index - 1]] if index else _START
 
     def release(self, blocks: list[int], *, is_valid: bool = True) -> None:
         """A sequence holds its blocks no more. What is in them is kept for other prompts, unless it is not valid.

@@ -17,7 +17,7 @@ import heapq
 from collections.abc import Mapping
 
 from sardonyx.core import RunnerLimits, Sequence, SequenceState, SlotCopy
-from sardonyx.engine.kv_blocks import ID_BYTES, KvBlocks, pack_ids
+from sardonyx.engine.kv_blocks import ID_BYTES, Content, KvBlocks, pack_ids
 from sardonyx.engine.roster import GROWTH_TOKENS, NOTHING_OUT, Entry, Promise, Roster
 
 
@@ -35,6 +35,10 @@ class PagedRoster(Roster[list[int]]):
         self._blocks = KvBlocks(limits.num_blocks, limits.block_size)
         self._places = list(range(max_num_seqs))
         self._num_set_aside = 0
+        self._promisers: dict[Content, Entry] = {}
+        """Who computes what a full block will hold, by the block that each fills next."""
+        self._promised: dict[str, Content] = {}
+        """The same by request."""
 
     @property
     def num_retained_tokens(self) -> int:
@@ -48,8 +52,11 @@ class PagedRoster(Roster[list[int]]):
     def advance(self, sequence: Sequence, num_tokens: int) -> None:
         num_full = sequence.num_computed_tokens // self._block_size
         sequence.num_computed_tokens += num_tokens
-        for index in range(num_full, sequence.num_computed_tokens // self._block_size):
-            self._blocks.fill(sequence.blocks, index, sequence.token_ids)
+        num_full_now = sequence.num_computed_tokens // self._block_size
+        if num_full_now > num_full:
+            for index in range(num_full, num_full_now):
+                self._blocks.fill(sequence.blocks, index, sequence.token_ids)
+            self._promise(self._entries[sequence.request.id], num_full_now)
 
     def append(self, sequence: Sequence, token_id: int) -> None:
         sequence.token_ids.append(token_id)
@@ -108,26 +115,34 @@ class PagedRoster(Roster[list[int]]):
     def _match(self, entry: Entry, max_tokens: int) -> tuple[list[int], Promise | None]:
         entry.packed_ids = entry.packed_ids or pack_ids(entry.sequence.token_ids)
         matched = self._blocks.match(entry.packed_ids, max_tokens)
-        best: Promise | None = None
-        num_shared = len(matched)
-        for other in self._running:
-            # One that has computed more than is found has nothing to offer: its blocks were forgotten.
-            if other.sequence.num_computed_tokens // self._block_size <= len(matched):
-                num_blocks = self._num_common_blocks(entry, other, max_tokens)
-                if num_blocks > num_shared:
-                    num_shared = num_blocks
-                    best = Promise(other.sequence, num_blocks * self._block_size)
-        return matched, best
+        name = self._blocks.name(matched, len(matched), entry.packed_ids[: max_tokens * ID_BYTES])
+        other = self._promisers.get(name) if name is not None else None
+        if other is None:
+            return matched, None
+        num_blocks = self._num_common_blocks(entry, other, len(matched) + 1, max_tokens)
+        return matched, Promise(other.sequence, num_blocks * self._block_size)
 
-    def _num_common_blocks(self, entry: Entry, other: Entry, max_tokens: int) -> int:
-        """Full blocks that a waiting sequence will share with one that runs, once that has computed its prompt."""
+    def _num_common_blocks(self, entry: Entry, other: Entry, num_known: int, max_tokens: int) -> int:
+        """Full blocks that two prompts begin with, where so many are known to be."""
         num_bytes = self._block_size * ID_BYTES
         num_most = min(max_tokens * ID_BYTES, len(other.packed_ids)) // num_bytes
-        for index in range(num_most):
+        for index in range(num_known, num_most):
             start = index * num_bytes
             if not entry.packed_ids.startswith(other.packed_ids[start : start + num_bytes], start):
                 return index
         return num_most
+
+    def _promise(self, entry: Entry, index: int) -> None:
+        """A running sequence fills its block at `index` next."""
+        self._withdraw(entry.sequence)
+        name = self._blocks.name(entry.sequence.blocks, index, entry.packed_ids)
+        if name is not None and self._promisers.setdefault(name, entry) is entry:
+            self._promised[entry.sequence.request.id] = name
+
+    def _withdraw(self, sequence: Sequence) -> None:
+        name = self._promised.pop(sequence.request.id, None)
+        if name is not None:
+            del self._promisers[name]
 
     def _place(self, entry: Entry, match: list[int]) -> int | None:
         sequence, num_tokens = entry.sequence, len(entry.sequence.token_ids)
@@ -139,9 +154,11 @@ class PagedRoster(Roster[list[int]]):
         self._num_set_aside += num_growth
         sequence.blocks = self._blocks.take(match, num_new)
         sequence.slot = heapq.heappop(self._places)
+        self._promise(entry, len(match))
         return len(match) * self._block_size
 
     def _release(self, sequence: Sequence, *, is_valid: bool) -> None:
+        self._withdraw(sequence)
         self._blocks.release(sequence.blocks, is_valid=is_valid)
         heapq.heappush(self._places, sequence.slot)
         sequence.blocks, sequence.slot = [], -1

@@ -220,7 +220,7 @@ class Roster(ABC, Generic[Match]):
             return False
         is_kept = promise.sequence.num_computed_tokens >= promise.num_tokens
         num_computed = _num_computed(promise.sequence, out)
-        if not is_kept and (num_computed > promise.num_seen or num_computed >= promise.num_tokens):
+        if not is_kept and num_computed > promise.num_seen:
             promise.num_seen = num_computed
             entry.awaited = promise
             return True
