@@ -33,7 +33,7 @@ from demo_diffusion.model import (
     save_pipeline,
     whiten,
 )
-from demo_diffusion.scenes import Scene, draw, sample_scene
+from demo_diffusion.scenes import SIDE, Scene, draw, sample_scene
 from demo_diffusion.text_stage import Questions, answers, text_loss, tokenise
 
 STAGES = ("autoencoder", "latents", "text", "denoiser", "pipeline")
@@ -41,6 +41,7 @@ _SEEDS = {"scenes": 1, "autoencoder": 2, "text": 3, "denoiser": 4, "whiten": 5}
 _KL_WEIGHT = 2e-3
 """Keeps the latents' noise near a twentieth of their spread, so that the decoder forgives small errors."""
 _DROPPED = 0.1
+_DETAIL_GAIN = 4.0
 _MAX_GAIN = 5.0
 """An error of v counts 1 + SNR times that of the picture; beyond this the timestep is drawn that much less often, so no
 picture of a batch is spent on noise that hardly shows."""
@@ -57,7 +58,7 @@ class Plan:
     autoencoder_batch: int = 8
     text_steps: int = 700
     text_batch: int = 128
-    denoiser_steps: int = 9_000
+    denoiser_steps: int = 15_000
     denoiser_batch: int = 16
     denoiser_rate: float = 1e-3
     save_every_s: float = 180.0
@@ -233,7 +234,8 @@ def train_denoiser(plan: Plan) -> None:
         kept = torch.rand(len(texts), generator=generator) >= _DROPPED
         tokens = tokenise(tokenizer, [text if keep else "" for text, keep in zip(texts, kept, strict=True)])
         clean = torch.from_numpy(latents[numbers].astype(np.float32))
-        return denoiser_loss(unet, text_encoder(tokens).last_hidden_state, clean, alphas, generator), ""
+        scenes = [scene(plan, int(number)) for number in numbers]
+        return denoiser_loss(unet, text_encoder(tokens).last_hidden_state, clean, scenes, alphas, generator), ""
 
     run_stage(plan, trainee, loss_of_step)
 
@@ -242,14 +244,16 @@ def denoiser_loss(
     unet: UNet2DConditionModel,
     states: torch.Tensor,
     clean: torch.Tensor,
+    scenes: list[Scene],
     alphas: torch.Tensor,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Squared error of the predicted v, over the timesteps of `draw_timesteps`.
+    """Squared error of the predicted v, over the timesteps of `draw_timesteps`, weighed by place.
 
     Args:
         states: text states, (n, 32, 128).
         clean: latents, (n, 4, 16, 16).
+        scenes: what they show.
         alphas: the scheduler's cumulated products, (1000,).
 
     Source: Salimans and Ho, "Progressive Distillation" (v).
@@ -260,7 +264,27 @@ def denoiser_loss(
     alpha = alphas[timesteps][:, None, None, None]
     signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
     guess = unet(signal * clean + spread * noise, timesteps, states).sample
-    return torch.nn.functional.mse_loss(guess, signal * noise - spread * clean)
+    off = (guess - (signal * noise - spread * clean)).square().mean(dim=1)
+    return (latent_weights(scenes, alphas[timesteps]) * off).mean()
+
+
+def latent_weights(scenes: list[Scene], alpha: torch.Tensor) -> torch.Tensor:
+    """What an error counts by its place, (n, 16, 16), of mean 1: more on things and around them.
+
+    Only where the latents are more signal than noise: there the network sees where the thing is. Elsewhere it has to
+    guess, and weights that know the answer would draw its guess towards things.
+
+    Args:
+        alpha: the scheduler's cumulated products at the pictures' timesteps, (n,).
+    """
+    weights = torch.ones(len(scenes), LATENT_SIDE, LATENT_SIDE)
+    middles = (torch.arange(LATENT_SIDE) + 0.5) * (SIDE / LATENT_SIDE)
+    for each, scene_of, has_signal in zip(weights, scenes, alpha > 0.5, strict=True):
+        for thing in scene_of.things if has_signal else ():
+            reach = thing.extent + SIDE / LATENT_SIDE
+            rows, columns = (middles - thing.y).abs() < reach, (middles - thing.x).abs() < reach
+            each[rows[:, None] & columns] = 1 + _DETAIL_GAIN
+    return weights / weights.mean(dim=(1, 2), keepdim=True)
 
 
 def draw_timesteps(count: int, alphas: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
