@@ -135,3 +135,38 @@ def test_tokeniser_that_does_not_fit_is_refused_and_nothing_published(tmp_path, 
     with pytest.raises(ExportError, match=r"tokenizer\.json: gives token \d+; the model has 8"):
         export(tmp_path / "tiny", root)
     assert not (root / "tiny").exists()
+
+
+def test_encoder_for_cuda_says_so_and_how_it_was_verified(tmp_path, root):
+    make_encoder(tmp_path / "tiny", "BertModel")
+    manifest = export(tmp_path / "tiny", root, target="cuda").manifest
+    assert (manifest.target, manifest.precision, manifest.activations) == ("cuda", "fp16", "fp16")
+    assert len(manifest.parity) == 6
+    assert all(each.reference.startswith("in numpy, not on CUDA: ") for each in manifest.parity)
+    assert all(each.min_cosine is not None and each.min_cosine >= 0.999 for each in manifest.parity)
+    asked = {"source": str(tmp_path / "tiny"), "repository": root}
+    assert find_existing(ExportRequest(**asked, target="cuda")) is not None
+    assert find_existing(ExportRequest(**asked)) is None
+    assert check_repository(root) == []
+
+
+def test_classifier_for_cuda_may_be_bf16(tmp_path, root):
+    make_encoder(tmp_path / "tiny", "ModernBertForSequenceClassification", num_labels=3)
+    manifest = export(tmp_path / "tiny", root, target="cuda", precision="bf16").manifest
+    assert (manifest.target, manifest.activations) == ("cuda", "bf16")
+    assert all(each.max_abs_error <= 5e-2 for each in manifest.parity)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "cuda", "precision": "int8"}, "--precision: int8 is for the CPU; encoders for cuda are fp16 or"),
+        ({"target": "cuda", "precision": "fp32"}, "--precision: fp32 is for the CPU"),
+        ({"precision": "fp16"}, "--precision: fp16 is for --target cuda"),
+        ({"target": "cuda", "activations": "fp32"}, "--activations: follow from the precision"),
+    ],
+)
+def test_precisions_that_do_not_suit_the_target_are_refused(tmp_path, root, options, message):
+    make_encoder(tmp_path / "tiny", "BertModel")
+    with pytest.raises(ExportError, match=message):
+        export(tmp_path / "tiny", root, **options)

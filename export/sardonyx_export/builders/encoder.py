@@ -7,10 +7,13 @@ from typing import Literal
 import msgspec
 
 from sardonyx_export.builders.encoder_graph import EncoderGraph
+from sardonyx_export.builders.floats import FloatKind
 from sardonyx_export.builders.graph import GraphWriter
 from sardonyx_export.builders.weights import Progress, WeightWriter
 from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.encoder_spec import EncoderSpec, Head
+
+EncoderPrecision = Literal["fp32", "int8", "fp16", "bf16"]
 
 # Of the quantised word table: the largest that divides the hidden size.
 _BLOCK_SIZES = (128, 64, 32, 16)
@@ -33,7 +36,7 @@ class EncoderBuildReport(msgspec.Struct, frozen=True, kw_only=True):
 
     files: list[Path]
     """The graph, then its external data."""
-    activations: Literal["fp32", "int8_rows"]
+    activations: Literal["fp32", "int8_rows", "fp16", "bf16"]
     """As in the manifest."""
     weights: str
     """What became of each stored format, for the manifest."""
@@ -45,7 +48,7 @@ def build_encoder(
     head: Head,
     folder: Path,
     *,
-    precision: Literal["fp32", "int8"],
+    precision: EncoderPrecision,
     output: str,
     progress: Progress | None = None,
 ) -> EncoderBuildReport:
@@ -61,7 +64,8 @@ def build_encoder(
         spec: what they mean.
         head: from a row's token vectors to its result; always float32.
         folder: an existing one without these two files. On an error what was written so far is left in it.
-        precision: of the layers' matrices and the word table. Norms, biases and other tables are always fp32.
+        precision: of the layers' matrices and the word table. fp32 and int8 are for the CPU, their norms, biases and
+            other tables fp32. fp16 and bf16 are for CUDA, in which all is computed but pooling and head.
         output: name of the graph's output (B, width) float32.
         progress: called with the number of weights written and of all, after each tensor.
 
@@ -70,11 +74,14 @@ def build_encoder(
     """
     is_quantised = precision == "int8"
     block_size = next((size for size in _BLOCK_SIZES if spec.hidden_size % size == 0), None) if is_quantised else None
+    floats: FloatKind = "fp32" if precision == "int8" else precision
     with GraphWriter(folder) as graph:
-        weights = WeightWriter(graph, checkpoint, block_size or 0, progress)
-        EncoderGraph(graph, weights, spec, head, block_size=block_size, is_quantised=is_quantised).write(output)
+        weights = WeightWriter(graph, checkpoint, block_size or 0, progress, floats=floats)
+        EncoderGraph(graph, weights, spec, head, block_size=block_size, is_quantised=is_quantised, floats=floats).write(
+            output
+        )
         weights.check_all_used(lambda name: _BESIDE.fullmatch(name) is not None)
         files = graph.save("encoder")
-    activations: Literal["fp32", "int8_rows"] = "int8_rows" if is_quantised else "fp32"
+    activations: Literal["fp32", "int8_rows", "fp16", "bf16"] = "int8_rows" if is_quantised else floats
     described = f"; activations {activations}" if is_quantised else ""
     return EncoderBuildReport(files=files, activations=activations, weights=weights.summary() + described)

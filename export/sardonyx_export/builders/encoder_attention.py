@@ -3,12 +3,15 @@
 Only MultiHeadAttention sees the padded view (B, S), made by gathers of queries, keys and values straight from their
 packed product. Padding is masked by the rows' lengths. What depends on the distance of two tokens, a window or MPNet's
 relative positions, is a bias (1, 1 or H, S, S) that is made once for all layers.
+
+`PackedEncoderAttention` has no padded view: a kernel of CUDA's finds the rows in the packed tokens.
 """
 
 import numpy as np
 import numpy.typing as npt
 
 from sardonyx_export.builders.encoder_linear import EncoderLinears, Linear, Product
+from sardonyx_export.builders.floats import DTYPES, FloatKind, as_floats
 from sardonyx_export.builders.graph import MICROSOFT, GraphWriter
 from sardonyx_export.builders.weights import WeightWriter
 from sardonyx_export.encoder_spec import EncoderRope, EncoderSpec, RelativeBias
@@ -26,9 +29,18 @@ class EncoderAttention:
         weights: of the checkpoint.
         linears: adds linear layers.
         spec: what the model is.
+        floats: type of all that is computed.
     """
 
-    def __init__(self, graph: GraphWriter, weights: WeightWriter, linears: EncoderLinears, spec: EncoderSpec) -> None:
+    def __init__(
+        self,
+        graph: GraphWriter,
+        weights: WeightWriter,
+        linears: EncoderLinears,
+        spec: EncoderSpec,
+        floats: FloatKind = "fp32",
+    ) -> None:
+        self._floats: FloatKind = floats
         self._graph = graph
         self._weights = weights
         self._linears = linears
@@ -40,13 +52,13 @@ class EncoderAttention:
         self._distances = ""
         self._relative_bias = ""
 
+    def declare(self) -> None:
+        """Add the graph's inputs that are attention's."""
+        self._graph.input("row_scatter", np.int64, ["T"])
+
     def prepare(self) -> None:
         """Add what all layers share: where each side lies in a packed product, rotary tables, the relative bias."""
-        graph = self._graph
-        three = graph.constant("sides.three", np.array(3, np.int64))
-        first = graph.node("Mul", ["row_gather", three], "gather.query")
-        for i, side in enumerate(_SIDES[1:], start=1):
-            graph.node("Add", [first, graph.constant(f"sides.{side}", np.array(i, np.int64))], f"gather.{side}")
+        self._prepare_sides()
         if self._spec.ropes:
             self._write_rope_positions()
         for i, rope in enumerate(self._spec.ropes):
@@ -55,8 +67,8 @@ class EncoderAttention:
             self._relative_bias = self._write_relative_bias(self._spec.relative_bias)
 
     def apply(self, index: int, hidden: str) -> str:
-        """Attention of layer `index`: (T, E) → (B * S, H * D), rows of the padded view."""
-        spec, graph = self._spec, self._graph
+        """Attention of layer `index`: (T, E) → rows for `all_rows` and `wanted_rows`."""
+        spec = self._spec
         prefix = f"layer.{index}.attention"
         layer, part = spec.layers[index], spec.names.layer.format(i=index)
         product = self._linears.apply(
@@ -71,15 +83,36 @@ class EncoderAttention:
         )
         if layer.rope is not None:
             product = Product(values=self._rotate(self._linears.add_bias(product), layer.rope, prefix))
+        return self._attend(product, self._distance_bias(layer.window), prefix)
+
+    def all_rows(self, attended: str, name: str) -> str:
+        """What `apply` gave, of all tokens: (T, H * D)."""
+        return self._graph.node("Gather", [attended, "row_scatter"], name)
+
+    def wanted_rows(self, attended: str, tokens: str, name: str) -> str:
+        """What `apply` gave, of tokens by their packed index: (B) → (B, H * D)."""
+        wanted = self._graph.node("Gather", ["row_scatter", tokens], "wanted.rows")
+        return self._graph.node("Gather", [attended, wanted], name)
+
+    def _prepare_sides(self) -> None:
+        graph = self._graph
+        three = graph.constant("sides.three", np.array(3, np.int64))
+        first = graph.node("Mul", ["row_gather", three], "gather.query")
+        for i, side in enumerate(_SIDES[1:], start=1):
+            graph.node("Add", [first, graph.constant(f"sides.{side}", np.array(i, np.int64))], f"gather.{side}")
+
+    def _attend(self, product: Product, distance_bias: str, prefix: str) -> str:
+        """Queries, keys and values (T, 3 H * D) → (B * S, H * D), rows of the padded view."""
+        graph = self._graph
         rows_shape = graph.constant("shape.side_rows", np.array([-1, self._width], np.int64))
         rows = graph.node("Reshape", [product.values, rows_shape], f"{prefix}.side_rows")
         padded = [graph.node("Gather", [rows, f"gather.{side}"], f"{prefix}.{side}") for side in _SIDES]
         output = graph.node(
             "MultiHeadAttention",
-            [*padded, product.bias, "seqlens", self._distance_bias(layer.window)],
+            [*padded, product.bias, "seqlens", distance_bias],
             f"{prefix}.padded",
             domain=MICROSOFT,
-            num_heads=spec.num_heads,
+            num_heads=self._spec.num_heads,
             mask_filter_value=_MASKED,
         )
         return graph.node("Reshape", [output, rows_shape], f"{prefix}.rows")
@@ -113,14 +146,15 @@ class EncoderAttention:
         graph.node("Add", [graph.node("Mul", [column, factors], "rope.moved"), still], "rope.positions")
 
     def _write_rope_tables(self, index: int, rope: EncoderRope) -> None:
-        """Cosine and sine of every position, and of none: (positions + 1, rotary_size / 2) float32."""
+        """Cosine and sine of every position, and of none: (positions + 1, rotary_size / 2)."""
         positions = np.arange(self._num_positions, dtype=np.float32)
         angles = np.outer(positions, np.array(rope.inverse_frequencies, np.float32))
         shape = (len(angles) + 1, angles.shape[1])
         for name, function in (("cos", np.cos), ("sin", np.sin)):
             still = function(np.zeros((1, shape[1]), np.float32))
             table = function(angles) * np.float32(rope.attention_factor)
-            self._graph.weight(f"rope.{index}.{name}", np.float32, shape, [table, still])
+            pieces = [as_floats(piece, self._floats, f"rope.{index}.{name}") for piece in (table, still)]
+            self._graph.weight(f"rope.{index}.{name}", DTYPES[self._floats], shape, pieces)
 
     def _distance_bias(self, window: int | None) -> str:
         """Name of what is added to the logits of two tokens for their distance; empty: nothing."""
@@ -133,12 +167,12 @@ class EncoderAttention:
 
     def _write_window(self, window: int) -> str:
         """(1, 1 or H, S, S): the relative bias, and far below it beyond the window."""
-        graph, name = self._graph, f"window.{window}"
+        graph, name, dtype = self._graph, f"window.{window}", DTYPES[self._floats]
         distance = graph.node("Abs", [self._offsets()], f"{name}.distances")
         limit = graph.constant(f"{name}.limit", np.array(window, np.int64))
         is_far = graph.node("Greater", [distance, limit], f"{name}.is_far")
-        masked = graph.constant("masked", np.array(_MASKED, np.float32))
-        near = self._relative_bias or graph.constant("unmasked", np.zeros((1, 1, 1, 1), np.float32))
+        masked = graph.constant("masked", np.array(_MASKED, dtype))
+        near = self._relative_bias or graph.constant("unmasked", np.zeros((1, 1, 1, 1), dtype))
         return graph.node("Where", [is_far, masked, near], name)
 
     def _write_relative_bias(self, bias: RelativeBias) -> str:
@@ -168,6 +202,49 @@ class EncoderAttention:
         queries = graph.node("Unsqueeze", [keys, axis], "offsets.queries")
         self._distances = graph.node("Sub", [keys, queries], "offsets")
         return self._distances
+
+
+class PackedEncoderAttention(EncoderAttention):
+    """An `EncoderAttention` by PackedMultiHeadAttention, which CUDA has in fp16: no row is padded anywhere.
+
+    Its inputs, where the other has row_scatter (T):
+        token_offset (B, S) int32: b * S + s of each packed token, then those of padding
+        cumulative_sequence_length (B + 1) int32: where rows begin, and their end
+    """
+
+    def declare(self) -> None:
+        """See `EncoderAttention`."""
+        self._graph.input("token_offset", np.int32, ["B", "S"])
+        self._graph.input("cumulative_sequence_length", np.int32, ["B + 1"])
+
+    def all_rows(self, attended: str, name: str) -> str:
+        """See `EncoderAttention`."""
+        return attended
+
+    def wanted_rows(self, attended: str, tokens: str, name: str) -> str:
+        """See `EncoderAttention`."""
+        return self._graph.node("Gather", [attended, tokens], name)
+
+    def _prepare_sides(self) -> None:
+        pass
+
+    def _attend(self, product: Product, distance_bias: str, prefix: str) -> str:
+        """Queries, keys and values (T, 3 H * D) or (T, 3, H * D) → (T, H * D).
+
+        Apart from each other and without a bias the kernel reads them where they lie.
+        """
+        graph = self._graph
+        flat = graph.constant("shape.flat_sides", np.array([-1, len(_SIDES) * self._width], np.int64))
+        values = graph.node("Reshape", [self._linears.add_bias(product), flat], f"{prefix}.flat")
+        sides = [f"{prefix}.{side}" for side in _SIDES]
+        graph.node_with_outputs("Split", [values], sides, axis=1, num_outputs=len(_SIDES))
+        return graph.node(
+            "PackedMultiHeadAttention",
+            [*sides, "", "token_offset", "cumulative_sequence_length", distance_bias],
+            f"{prefix}.attended",
+            domain=MICROSOFT,
+            num_heads=self._spec.num_heads,
+        )
 
 
 def relative_buckets(offsets: npt.NDArray[np.int64], bias: RelativeBias) -> npt.NDArray[np.int64]:

@@ -2,16 +2,18 @@
 
 All tokens of all rows lie in one axis T; only attention and pooling see the padded view (B, S). Where the head wants
 one token of each row, the last layer goes on with these alone after its attention. Inputs and output are those of the
-packed layout of `families.Encoder`.
+packed layout of `families.Encoder`. In fp16 and bf16, for CUDA, all but pooling and head is of that type, and fp16 has
+no padded view in attention.
 """
 
 import numpy as np
 from msgspec import Struct
 
 from sardonyx_export.builders.activation import LOWEST, activate
-from sardonyx_export.builders.encoder_attention import EncoderAttention
+from sardonyx_export.builders.encoder_attention import EncoderAttention, PackedEncoderAttention
 from sardonyx_export.builders.encoder_linear import EncoderLinears, Linear, Product
-from sardonyx_export.builders.graph import MICROSOFT, GraphWriter
+from sardonyx_export.builders.floats import FloatKind
+from sardonyx_export.builders.graph import MICROSOFT, GraphWriter, element_type
 from sardonyx_export.builders.head import HeadGraph, declare_lengths
 from sardonyx_export.builders.linear import Linears
 from sardonyx_export.builders.weights import WeightWriter
@@ -34,7 +36,8 @@ class EncoderGraph:
         spec: what the model is.
         head: from token vectors to results.
         block_size: of the word table, where it is quantised.
-        is_quantised: layers compute in integers; else all is float32.
+        is_quantised: layers compute in integers; else all is of the type of `floats`.
+        floats: what is computed in; fp32 for the CPU, fp16 or bf16 for CUDA.
     """
 
     def __init__(
@@ -46,15 +49,19 @@ class EncoderGraph:
         *,
         block_size: int | None,
         is_quantised: bool,
+        floats: FloatKind = "fp32",
     ) -> None:
+        self._floats: FloatKind = floats
         self._graph = graph
         self._weights = weights
         self._spec = spec
         self._head = head
         self._block_size = block_size
-        linears = Linears(graph, block_size or 0, has_exact_activations=False)
+        linears = Linears(graph, block_size or 0, has_exact_activations=False, floats=floats)
         self._linears = EncoderLinears(graph, weights, linears, is_quantised=is_quantised)
-        self._attention = EncoderAttention(graph, weights, self._linears, spec)
+        # The packed kernel knows no bf16.
+        attention = PackedEncoderAttention if floats == "fp16" else EncoderAttention
+        self._attention = attention(graph, weights, self._linears, spec, floats)
         self._head_graph = HeadGraph(graph, head, grid="row_gather")
         # What the last layer leaves of each row; without layers nothing does.
         self._picked = self._head_graph.picked if spec.layers else None
@@ -79,7 +86,7 @@ class EncoderGraph:
             graph.input("token_type_ids", np.int64, ["T"])
         graph.input("position_ids", np.int64, ["T"])
         graph.input("row_gather", np.int64, ["B", "S"])
-        graph.input("row_scatter", np.int64, ["T"])
+        self._attention.declare()
         declare_lengths(graph, self._head)
         graph.output(output, np.float32, ["B", self._head.width(spec.hidden_size)])
 
@@ -113,7 +120,7 @@ class EncoderGraph:
         graph, spec = self._graph, self._spec
         tensor, shape = f"{spec.names.word_embeddings}.weight", (spec.vocab_size, spec.hidden_size)
         if self._block_size is None:
-            table = self._weights.matrix("embeddings.words", [tensor], *shape, bits=32)
+            table = self._weights.matrix("embeddings.words", [tensor], *shape, bits=self._weights.float_bits)
             return graph.node("Gather", [table.codes, "input_ids"], "embedded.words")
         table = self._weights.matrix("embeddings.words", [tensor], *shape, bits=8)
         # As the gather wants them; the blocks' own axis is for products.
@@ -148,11 +155,10 @@ class EncoderGraph:
         prefix = f"layer.{index}.attention"
         if index == len(spec.layers) - 1 and self._picked is not None:
             tokens = self._head_graph.pick(self._picked)
-            wanted = graph.node("Gather", ["row_scatter", tokens], "wanted.rows")
-            attended = graph.node("Gather", [rows, wanted], f"{prefix}.wanted")
+            attended = self._attention.wanted_rows(rows, tokens, f"{prefix}.wanted")
             residual = graph.node("Gather", [residual, tokens], "wanted.residual")
         else:
-            attended = graph.node("Gather", [rows, "row_scatter"], f"{prefix}.packed")
+            attended = self._attention.all_rows(rows, f"{prefix}.packed")
         output = Linear(
             name=f"{prefix}.output",
             tensors=[spec.names.layer.format(i=index) + spec.names.attention_output],
@@ -216,11 +222,19 @@ class EncoderGraph:
     def _pool(self, hidden: str, output: str) -> None:
         graph, pooler = self._graph, self._head_graph
         if self._picked is not None:
-            pooler.finish(hidden, output)
+            pooler.finish(self._widened(hidden), output)
             return
 
         def pick(kind: Pooling) -> str:
-            return graph.node("Gather", [hidden, pooler.pick(kind)], f"pooled.{kind}")
+            return self._widened(graph.node("Gather", [hidden, pooler.pick(kind)], f"pooled.{kind}"))
 
-        padded = pooler.pool(lambda: graph.node("Gather", [hidden, "row_gather"], "padded"), pick)
-        pooler.finish(padded, output)
+        def pad() -> str:
+            return self._widened(graph.node("Gather", [hidden, "row_gather"], "padded"))
+
+        pooler.finish(pooler.pool(pad, pick), output)
+
+    def _widened(self, x: str) -> str:
+        """As float32, in which pooling and head compute."""
+        if self._floats == "fp32":
+            return x
+        return self._graph.node("Cast", [x], f"{x}.float32", to=element_type(np.float32))

@@ -1,4 +1,4 @@
-"""Linear layers of an encoder: float32 or integer products, their biases left to operators that add them for free."""
+"""Linear layers of an encoder: products of floats or integers, their biases left to operators that add them free."""
 
 from collections.abc import Sequence
 
@@ -47,7 +47,7 @@ class EncoderLinears:
         graph: receives the nodes.
         weights: of the checkpoint.
         linears: adds the products.
-        is_quantised: by integer products of rounded rows; else in float32.
+        is_quantised: by integer products of rounded rows of float32; else of the weights' own type of floats.
     """
 
     def __init__(self, graph: GraphWriter, weights: WeightWriter, linears: Linears, *, is_quantised: bool) -> None:
@@ -57,7 +57,7 @@ class EncoderLinears:
         self._is_quantised = is_quantised
 
     def apply(self, x: str, linear: Linear, *, lowest: float | None = None) -> Product:
-        """One layer: (T, in) float32 → (T, out).
+        """One layer: (T, in) → (T, out).
 
         Args:
             x: name of the input.
@@ -66,7 +66,8 @@ class EncoderLinears:
         """
         if not self._is_quantised:
             bias = self._bias(linear)
-            matrix = self._weights.matrix(linear.name, _weights(linear), linear.num_rows, linear.num_columns, bits=32)
+            bits, size = self._weights.float_bits, (linear.num_rows, linear.num_columns)
+            matrix = self._weights.matrix(linear.name, _weights(linear), *size, bits=bits)
             return Product(values=self._linears.apply(x, matrix, bias=bias))
         if lowest is None:
             bias = self._bias(linear)

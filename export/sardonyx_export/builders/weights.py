@@ -87,6 +87,11 @@ class WeightWriter:
         self._outcomes: dict[str, dict[str, None]] = {}
         self._used: set[str] = set()
 
+    @property
+    def float_bits(self) -> int:
+        """Of a whole weight: 32 or 16."""
+        return _BITS[self._floats]
+
     def vector(
         self,
         names: Sequence[str],
@@ -110,7 +115,7 @@ class WeightWriter:
         return self._graph.weight(names[0], DTYPES[self._floats], (size,), pieces)
 
     def array(self, name: str, shape: tuple[int, ...]) -> str:
-        """A tensor as it is, in float32: a convolution's weights.
+        """A tensor as it is, in the graph's floats: a convolution's weights.
 
         Raises:
             ExportError: it is missing, or the configuration asks for another shape.
@@ -119,8 +124,9 @@ class WeightWriter:
         if tensor.shape != shape:
             raise ExportError(f"is {tensor.shape}; the configuration asks for {shape}", field=name)
         self._used.add(name)
-        self._account(tensor.storage, "fp32")
-        return self._graph.weight(name, np.float32, shape, [self._read(tensor)])
+        self._account(tensor.storage, self._floats)
+        values = as_floats(self._read(tensor), self._floats, name)
+        return self._graph.weight(name, DTYPES[self._floats], shape, [values])
 
     def bits(self, names: Sequence[str], kind: MatrixKind, num_rows: int, num_columns: int) -> int:
         """Bits that a stack of tensors gets: those of `kind`, but 8 instead of 4 where its source has more.
@@ -172,7 +178,7 @@ class WeightWriter:
         return matrix, codes.sum(axis=0, dtype=np.int64).astype(np.float32) * scales
 
     def table(self, name: str, tensor_name: str, rows: Sequence[int] | npt.NDArray[np.int64], num_columns: int) -> str:
-        """Rows of a tensor as float32, (rows, num_columns), in any order and as often as they are named.
+        """Rows of a tensor in the graph's floats, (rows, num_columns), in any order and as often as they are named.
 
         Raises:
             ExportError: the tensor is missing, has other columns or fewer rows.
@@ -181,8 +187,9 @@ class WeightWriter:
         needed = int(np.max(rows)) + 1
         if tensor.shape[0] < needed:
             raise ExportError(f"has {tensor.shape[0]} rows; the configuration asks for {needed}", field=tensor_name)
-        self._account(tensor.storage, "fp32")
-        return self._graph.weight(name, np.float32, (len(rows), num_columns), [self._read(tensor)[rows]])
+        self._account(tensor.storage, self._floats)
+        values = as_floats(self._read(tensor)[rows], self._floats, tensor_name)
+        return self._graph.weight(name, DTYPES[self._floats], (len(rows), num_columns), [values])
 
     def summary(self) -> str:
         """What became of each stored format: ``Q4_1 -> int4 ..., lossless; Q8_0 -> int8 ..., lossless``."""

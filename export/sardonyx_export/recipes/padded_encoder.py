@@ -49,6 +49,11 @@ class PaddedEncoderRecipe:
             raise ExportError(
                 "this architecture goes through transformers' exporter, which makes fp32 only", field="--precision"
             )
+        if request.target != "cpu":
+            raise ExportError(
+                "this graph is another exporter's, in fp32, and the same wherever it runs; leave the target out",
+                field="--target",
+            )
         self._path = opened.path
         self._folder = ModelFolder(opened.path if opened.path.is_dir() else opened.path.parent)
         self._is_as_published = request.pooling is None

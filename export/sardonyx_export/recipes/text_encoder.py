@@ -6,7 +6,7 @@ from pathlib import Path
 from sardonyx.repository.families import Embeddings, Encoder, Labels
 from sardonyx.repository.manifest import Parity
 from sardonyx.runtime.session import configure_threads
-from sardonyx_export.builders.encoder import build_encoder
+from sardonyx_export.builders.encoder import EncoderPrecision, build_encoder
 from sardonyx_export.built import Built
 from sardonyx_export.checkpoint import Checkpoint, count_storage
 from sardonyx_export.encoder_spec import Array, EncoderSpec, Head
@@ -14,31 +14,38 @@ from sardonyx_export.errors import ExportError
 from sardonyx_export.families.encoder import read_encoder_spec
 from sardonyx_export.families.encoder_heads import read_classification_head
 from sardonyx_export.families.sentence_transformers import read_layout
-from sardonyx_export.plan import FAMILY_OF_TASK, Plan, Precision, Task
+from sardonyx_export.plan import FAMILY_OF_TASK, PAGED_NOTE, Plan, Target, Task
 from sardonyx_export.recipes.recipe import Progress
 from sardonyx_export.request import ExportRequest
 from sardonyx_export.sources.model_folder import ModelFolder
 from sardonyx_export.sources.resolve import OpenSource
 from sardonyx_export.stages import library_reference
-from sardonyx_export.stages.encoder_reference import reference_outputs
+from sardonyx_export.stages.encoder_reference import EncodedRow, reference_outputs
 from sardonyx_export.stages.encoder_rows import Rows, tokenizer_text
-from sardonyx_export.stages.encoder_verify import compare_embeddings, compare_scores, run_graph
+from sardonyx_export.stages.encoder_verify import compare_embeddings, compare_scores, run_graph, run_in_numpy
 
 REFERENCE = "numpy forward pass in float32 over the source's weights"
-_BYTES_PER_WEIGHT = {"fp32": 4.0, "int8": 1.1}
+_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1}
 
 
-def chosen_precision(request: ExportRequest) -> Precision:
-    """Of an encoder: fp32 unless asked otherwise.
+def chosen_precision(request: ExportRequest) -> EncoderPrecision:
+    """Of an encoder: fp32, for CUDA fp16, unless asked otherwise.
 
     Raises:
         ExportError: a precision or a treatment of activations that encoders do not have.
     """
-    if request.precision == "int4":
+    chosen = request.precision
+    if chosen == "auto":
+        chosen = "fp16" if request.target == "cuda" else "fp32"
+    if chosen == "int4":
         raise ExportError("int4 is for language models; encoders are built in fp32 or int8", field="--precision")
-    if request.activations not in (None, "int8_rows" if request.precision == "int8" else "fp32"):
+    if request.target == "cuda" and chosen not in ("fp16", "bf16"):
+        raise ExportError(f"{chosen} is for the CPU; encoders for cuda are fp16 or bf16", field="--precision")
+    if request.target == "cpu" and chosen in ("fp16", "bf16"):
+        raise ExportError(f"{chosen} is for --target cuda; encoders for the CPU are fp32 or int8", field="--precision")
+    if request.activations not in (None, "int8_rows" if chosen == "int8" else chosen):
         raise ExportError("follow from the precision of an encoder; leave them out", field="--activations")
-    return "int8" if request.precision == "int8" else "fp32"
+    return chosen
 
 
 class TextEncoderRecipe:
@@ -74,20 +81,22 @@ class TextEncoderRecipe:
             if task == "reranker" and len(self._labels.names) != 1:
                 raise ExportError(f"a reranker has one label; this model has {len(self._labels.names)}", field="--task")
         self._spec: EncoderSpec = spec
-        self.plan = self._plan(name, task, chosen_precision(request))
+        self._precision = chosen_precision(request)
+        self.plan = self._plan(name, task, request.target)
 
-    def _plan(self, name: str, task: Task, precision: Precision) -> Plan:
+    def _plan(self, name: str, task: Task, target: Target) -> Plan:
         storage = count_storage(self._checkpoint)
         return Plan(
             name=name,
             family=FAMILY_OF_TASK[task],
             architecture=self._checkpoint.config["architectures"][0],
-            precision=precision,
+            precision=self._precision,
             activations=None,
             max_model_len=self._spec.max_model_len,
+            target=target,
             num_parameters=storage.total(),
             storage=dict(storage.most_common()),
-            estimated_bytes=int(storage.total() * _BYTES_PER_WEIGHT[precision]),
+            estimated_bytes=int(storage.total() * _BYTES_PER_WEIGHT[self._precision]),
         )
 
     def build(self, folder: Path, progress: Progress) -> Built:
@@ -108,7 +117,7 @@ class TextEncoderRecipe:
             spec,
             head,
             folder,
-            precision="int8" if plan.precision == "int8" else "fp32",
+            precision=self._precision,
             output=output,
             progress=lambda done, total: progress("build", done, total),
         )
@@ -133,8 +142,7 @@ class TextEncoderRecipe:
         reference = reference_outputs(
             self._checkpoint, self._spec, head, every_row, lambda done, total: progress("verify", done, total)
         )
-        configure_threads(os.cpu_count() or 1, allow_spinning=False)
-        measured = run_graph(graph, None, self.plan.name, encoder, [batch for _, _, batch in batches])
+        measured = self._run(graph, encoder, [batch for _, _, batch in batches])
         expected, start = [], 0
         for _, _, batch in batches:
             expected.append(reference[start : start + len(batch)])
@@ -152,10 +160,16 @@ class TextEncoderRecipe:
             parity += self._compare(found[0], [what for what, _, _ in batches], found[1], measured)
         return parity
 
+    def _run(self, graph: Path, encoder: Encoder, batches: list[list[EncodedRow]]) -> list[Array]:
+        if self.plan.target == "cuda":
+            return run_in_numpy(graph, encoder.output, batches)
+        configure_threads(os.cpu_count() or 1, allow_spinning=False)
+        return run_graph(graph, None, self.plan.name, encoder, batches)
+
     def _compare(self, reference: str, shapes: list[str], expected: list[Array], measured: list[Array]) -> list[Parity]:
-        parity = []
+        parity, note = [], f"{PAGED_NOTE}: " if self.plan.target == "cuda" else ""
         for what, wanted, actual in zip(shapes, expected, measured, strict=True):
-            name = f"{reference}, {what}"
+            name = f"{note}{reference}, {what}"
             if self._labels is None:
                 parity.append(compare_embeddings(wanted, actual, self.plan.precision, name))
             else:

@@ -33,11 +33,12 @@ class MappedEvaluator(ReferenceEvaluator):
 
     Args:
         path: of the graph, its external data beside it.
+        operators: that the graph may have beside ONNX's own; ``None``: those of decoders.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, operators: list[type[OpRun]] | None = None) -> None:
         self._folder = path.parent
-        super().__init__(onnx.load(path, load_external_data=False), new_ops=OPERATORS)
+        super().__init__(onnx.load(path, load_external_data=False), new_ops=operators or OPERATORS)
 
     @staticmethod
     def dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:

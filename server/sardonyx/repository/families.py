@@ -49,7 +49,9 @@ class Encoder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     input that a graph does not declare is not given.
 
     packed: input_ids (T) int64, token_type_ids (T) int64, position_ids (T) int64 from 0 in each row, row_gather (B, S)
-    int64, row_scatter (T) int64, seqlens (B) int32, num_prompt_tokens (B) int32 -> `output` (B, width) float32.
+    int64, row_scatter (T) int64, token_offset (B, S) int32 (row_scatter, then the positions of padding),
+    cumulative_sequence_length (B + 1) int32, seqlens (B) int32, num_prompt_tokens (B) int32 -> `output` (B, width)
+    float32.
 
     padded: input_ids, attention_mask, token_type_ids, position_ids, each (B, S) int64, rows filled up on the right ->
     `output`; (B, width) float32, or (B, S, hidden size) where there is a graph ``head``. That one takes

@@ -60,7 +60,9 @@ def encoder_bounds(encoder: Encoder, steps: EncoderSteps) -> dict[str, OpenBound
     if encoder.layout == "packed":
         by_token = dict.fromkeys(("input_ids", "token_type_ids", "position_ids", "row_scatter"), (tokens,))
         by_row = dict.fromkeys(("seqlens", "num_prompt_tokens"), (rows,))
-        return {"encoder": {**by_token, **by_row, "row_gather": (rows, length)}}
+        grids = dict.fromkeys(("row_gather", "token_offset"), (rows, length))
+        ends = {"cumulative_sequence_length": (between(2, rows.opt + 1, rows.max + 1),)}
+        return {"encoder": {**by_token, **by_row, **grids, **ends}}
     padded = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids", "position_ids"), (rows, length))
     head = {"token_embeddings": (rows, length, None), "seqlens": (rows,), "num_prompt_tokens": (rows,)}
     return {"encoder": padded, "head": head}

@@ -30,12 +30,17 @@ _TYPES = {
     "attention_mask": "INT64",
     "row_gather": "INT64",
     "row_scatter": "INT64",
+    "token_offset": "INT32",
+    "cumulative_sequence_length": "INT32",
     "seqlens": "INT32",
     "num_prompt_tokens": "INT32",
     "token_embeddings": "FP32",
 }
 _PACKED = frozenset(
-    {"input_ids", "token_type_ids", "position_ids", "row_gather", "row_scatter", "seqlens", "num_prompt_tokens"}
+    {
+        *("input_ids", "token_type_ids", "position_ids", "seqlens", "num_prompt_tokens"),
+        *("row_gather", "row_scatter", "token_offset", "cumulative_sequence_length"),
+    }
 )
 _PADDED = frozenset({"input_ids", "token_type_ids", "position_ids", "attention_mask"})
 _HEAD = frozenset({"token_embeddings", "seqlens", "num_prompt_tokens"})
@@ -172,7 +177,7 @@ class EncoderRunner:
         """What the layout has and the graphs take, by name."""
         types = _type_ids(rows) if graphs.takes_types else None
         is_packed = self._encoder.layout == "packed"
-        tensors = _packed(rows, types) if is_packed else _padded(rows, types, self._encoder.pad_token_id)
+        tensors = packed_tensors(rows, types) if is_packed else _padded(rows, types, self._encoder.pad_token_id)
         if graphs.takes_prompt_lengths:
             tensors["num_prompt_tokens"] = _prompt_lengths(rows)
         return tensors
@@ -193,20 +198,30 @@ class EncoderRunner:
         return values
 
 
-def _packed(rows: list[TensorRequest], types: Array | None) -> dict[str, Array]:
-    """The tensors of the packed layout. No work is done token by token."""
+def packed_tensors(rows: Sequence[TensorRequest], types: Array | None = None) -> dict[str, Array]:
+    """The tensors of the packed layout. No work is done token by token.
+
+    Args:
+        rows: of a step.
+        types: of all tokens, one row after the other; ``None``: the graph takes none.
+    """
     ids = [row.inputs["input_ids"] for row in rows]
     lengths = np.array([len(each) for each in ids], np.int64)
     starts = np.cumsum(lengths) - lengths
     num_tokens, longest = int(lengths.sum()), int(lengths.max())
     row_starts = np.arange(len(rows), dtype=np.int64) * longest
     tokens = np.arange(num_tokens, dtype=np.int64)
+    row_scatter = tokens + np.repeat(row_starts - starts, lengths)
+    is_padding = np.arange(longest) >= lengths[:, None]
+    offsets = np.concatenate([row_scatter, np.flatnonzero(is_padding)]).astype(np.int32)
     tensors = {
         "input_ids": np.concatenate(ids) if len(ids) > 1 else ids[0],
         "position_ids": tokens - np.repeat(starts, lengths),
         # Behind a row's end any token does: attention and pooling do not look there.
         "row_gather": np.minimum(starts[:, None] + np.arange(longest, dtype=np.int64), num_tokens - 1),
-        "row_scatter": tokens + np.repeat(row_starts - starts, lengths),
+        "row_scatter": row_scatter,
+        "token_offset": offsets.reshape(is_padding.shape),
+        "cumulative_sequence_length": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
         "seqlens": lengths.astype(np.int32),
     }
     if types is not None:
