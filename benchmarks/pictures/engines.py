@@ -94,16 +94,16 @@ class Ours:
         """The server is stopped by who started it."""
 
     def paint_among(self, first: list[Wish], then: Wish, side: int) -> float:
-        """Seconds that one picture takes which is asked for once all others are under way."""
+        """Seconds that one picture takes which is asked for once the others are under way: one has shown a preview."""
 
         async def run() -> float:
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
                 streams = [asyncio.create_task(self._follow(session, wish, side)) for wish in first]
-                begun = [event for event, _ in await asyncio.gather(*streams)]
-                assert all(begun), "every long request has shown a partial picture"
+                await asyncio.wait(streams, return_when=asyncio.FIRST_COMPLETED)
                 seconds = await self._post(session, then, side)
-                assert not any(rest.done() for _, rest in (stream.result() for stream in streams)), "they were short"
-                await asyncio.gather(*(rest for _, rest in (stream.result() for stream in streams)))
+                rests = [rest for _, rest in await asyncio.gather(*streams)]
+                assert not any(rest.done() for rest in rests), "long requests ended before the short one"
+                await asyncio.gather(*rests)
                 return seconds
 
         return asyncio.run(run())

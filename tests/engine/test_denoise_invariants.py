@@ -109,10 +109,10 @@ class Denoise(RuleBasedStateMachine):
         assert batch.num_tokens <= self.max_batch_rows or len(batch.rows) == 1
         chosen = {row.sequence.request.id for row in batch.rows}
         running = self.running()
-        # Who has waited longest is next at every third round, so nobody misses more than three times their number.
+        # Who has waited longest is next at every fourth round, so nobody misses more than four times their number.
         for name in running:
             missed = 0 if name in chosen else self.rounds_missed.get(name, 0) + 1
-            assert missed <= 3 * self.max_num_seqs
+            assert missed <= 4 * self.max_num_seqs
             self.rounds_missed[name] = missed
         left = {name: self.driver.requests[name].picture.num_rows_left for name in running}
         shortest = min(left.values())

@@ -5,6 +5,7 @@ decodes those that are done. It knows neither tensors nor threads nor what time 
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import msgspec
@@ -30,19 +31,25 @@ class DenoiseOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     max_num_seqs: int = 32
     """Pictures under way at once; others wait."""
-    max_batch_rows: int = 2
+    max_batch_rows: int = 4
     """Rows of a unet call at most; a picture with guidance takes two. One picture alone may take more.
 
-    On two AVX2 cores a row of 4 takes 0.94 of a row of 2 at a quarter of Stable Diffusion's width and 32 x 32 latents,
-    0.78 in the demo model; a row of 8 takes 1.06 and 0.69. That is little for what a longer call costs a short request
-    that waits for its end.
+    On two AVX2 cores a row of 4 takes 0.94 of the time of a row of 2 at a quarter of Stable Diffusion's width and
+    32 x 32 latents, 0.78 in the demo model; a row of 8 takes 1.06 and 0.69.
     """
     max_batch_prompts: int = 8
     """Prompts encoded at once."""
+    short_runs_alone: bool = True
+    """A call that the shortest picture begins takes none along with more than four times as much left: on a CPU its
+    rows would have to be waited for."""
 
 
-_SHARE_OF_OLDEST = 3
+_SHARE_OF_OLDEST = 4
 """Every so manieth round begins with the picture that has waited longest."""
+
+
+_MUCH_LONGER = 4
+"""See `DenoiseOptions.short_runs_alone`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -56,8 +63,8 @@ class _Entry:
 class DenoisePolicy:
     """A `sardonyx.engine.loop.Policy` over `ImageRequest`s.
 
-    Rounds take turns: two begin with the picture that has least left to do, the third with the one that has waited
-    longest. So a short request among long ones gets two rounds of three, and a long one is never forgotten. Others of
+    Rounds take turns: three begin with the picture that has least left to do, the fourth with the one that has waited
+    longest. So a short request among long ones gets three rounds of four, and a long one is never forgotten. Others of
     the same size fill the call up, those that waited longest first. What opens or ends a request goes before
     rounds: decoding, then prompts, then pictures to begin with.
 
@@ -70,7 +77,7 @@ class DenoisePolicy:
 
     def __init__(self, options: DenoiseOptions | None = None) -> None:
         self._options = options or DenoiseOptions()
-        for name in self._options.__struct_fields__:
+        for name in ("max_num_seqs", "max_batch_rows", "max_batch_prompts"):
             if getattr(self._options, name) < 1:
                 raise ConfigError("must be at least 1", field=name)
         self._waiting: dict[str, _Entry] = {}
@@ -145,13 +152,15 @@ class DenoisePolicy:
         if not self._running:
             return None
         by_turn = sorted(self._running.values(), key=lambda entry: entry.turn)
-        first = by_turn[0]
+        first, most_left = by_turn[0], math.inf
         self._num_begun += 1
         if self._num_begun % _SHARE_OF_OLDEST:
             first = min(by_turn, key=lambda entry: entry.picture.num_rows_left)
+            if self._options.short_runs_alone:
+                most_left = _MUCH_LONGER * first.picture.num_rows_left
         chosen, num_rows = [first], first.picture.num_rows
         for entry in by_turn:
-            if entry is first or entry.picture.size != first.picture.size:
+            if entry is first or entry.picture.size != first.picture.size or entry.picture.num_rows_left > most_left:
                 continue
             if num_rows + entry.picture.num_rows <= self._options.max_batch_rows:
                 chosen.append(entry)

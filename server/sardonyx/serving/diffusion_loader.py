@@ -36,7 +36,7 @@ from sardonyx.settings import Settings
 
 MAX_NUM_SEQS = 32
 """Pictures under way at once, where the operator's config does not say."""
-MAX_BATCH_ROWS = 2
+MAX_BATCH_ROWS = 4
 """Rows of a unet call, where the operator's config does not say."""
 MAX_STEPS = 100
 """Of a picture, where the operator's config does not say."""
@@ -89,7 +89,9 @@ class DiffusionLoader:
         ]
         limits = self._limits(files, options, diffusion)
         steps = DenoiseOptions(
-            max_num_seqs=options.max_num_seqs or MAX_NUM_SEQS, max_batch_rows=options.max_batch_rows or MAX_BATCH_ROWS
+            max_num_seqs=options.max_num_seqs or MAX_NUM_SEQS,
+            max_batch_rows=options.max_batch_rows or MAX_BATCH_ROWS,
+            short_runs_alone=files.device.gpu is None,
         )
         with ExitStack() as undo:
             runner = self._open_runner(files, diffusion, steps, limits)
