@@ -102,7 +102,7 @@ class _Reference:
             x = gelu(np.sum(taps, axis=0, dtype=np.float32) + self._read(f"model.encoder.{name}.bias")[:, None])
         return x.T
 
-    def _mix(self, x: Array, part: str, ends: Array, *, num_heads: int, is_causal: bool) -> Array:
+    def _mix(self, x: Array, part: str, ends: npt.NDArray[np.int64], *, num_heads: int, is_causal: bool) -> Array:
         """Attention of rows, which end at `ends`, to themselves: (T, E) → (T, E)."""
         h = self._norm(x, f"{part}self_attn_layer_norm")
         sides = [self._linear(h, f"{part}self_attn.{side}_proj", has_bias=side != "k") for side in "qkv"]
