@@ -61,7 +61,7 @@ class _Entry:
 
 
 class DenoisePolicy:
-    """A `sardonyx.engine.loop.Policy` over `ImageRequest`s.
+    """A `sardonyx.engine.policy.Policy` over `ImageRequest`s.
 
     Rounds take turns: three begin with the picture that has least left to do, the fourth with the one that has waited
     longest. So a short request among long ones gets three rounds of four, and a long one is never forgotten. Others of

@@ -51,7 +51,7 @@ class _Entry:
 
 
 class SpeechPolicy:
-    """A `sardonyx.engine.loop.Policy` over `SpeechRequest`s.
+    """A `sardonyx.engine.policy.Policy` over `SpeechRequest`s.
 
     Who starts next: of the calls (`SpeechRequest.flow`) that have the fewest sequences running, the one whose last turn
     was first, with its oldest request. Encoding and aligning go before a pass, but never twice in a row while sequences
