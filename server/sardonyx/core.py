@@ -236,6 +236,9 @@ class RunnerLimits:
     """Tokens of a KV block; 0: the cache has slots."""
     num_blocks: int = 0
     """KV blocks of all sequences together; block 0 is among them and belongs to nobody, for rows that fill a bucket."""
+    max_scored_tokens: int | None = None
+    """Tokens of one step at most whose sequences want their prompts' log-probabilities; ``None``: no limit but the
+    others."""
 
 
 class AnyBatch(Protocol):

@@ -65,6 +65,11 @@ def test_guard_adds_nothing_where_time_allows_more():
         ]
 
 
+def test_prompt_with_a_limit_of_its_own_leaves_the_rest_to_others():
+    prompts = [prompt(4000)._replace(max_tokens=30), prompt(300), prompt(200)._replace(max_tokens=0)]
+    assert divide_chunks(prompts, limits(), StepCost()) == [30, 256, 0]
+
+
 @given(
     sizes=st.lists(st.tuples(st.integers(2, 300), st.integers(0, 298)), min_size=1, max_size=6),
     max_chunk_tokens=st.integers(1, 64),

@@ -57,6 +57,17 @@ def test_decode_ahead_is_fed_by_the_row_before_it():
     assert (chunk.sequence.request.id, chunk.num_new_tokens, chunk.num_past, chunk.fed_by) == ("long", 16, 32, -1)
 
 
+def test_prompts_that_are_scored_share_their_room_in_order_of_arrival():
+    driver = PagedDriver(make_paged_limits(max_scored_tokens=20), max_batch_tokens=64)
+    for request_id, num_tokens in (("a", 30), ("b", 16), ("c", 8)):
+        driver.submit(request_id, PROMPT[:num_tokens], max_tokens=1, num_prompt_logprobs=0)
+    driver.submit("free", PROMPT[40:80], max_tokens=1)
+    expected = [{"a": 20, "free": 32}, {"a": 10, "b": 10, "free": 8}, {"b": 6, "c": 8}]
+    assert [driver.step() and driver.chunks() for _ in expected] == expected
+    assert not driver.step()
+    assert [len(driver.events[each][-1].prompt_logprobs or []) for each in "abc"] == [29, 15, 7]
+
+
 def test_row_is_what_it_was_when_made_though_the_step_before_moves_its_sequence_on():
     sequence = Sequence(Request(id="r", prompt_ids=[1] * 10), 0, 0.0, token_ids=[1] * 10)
     row = BatchRow(sequence, 4, num_ahead=4)

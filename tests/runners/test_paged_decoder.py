@@ -36,8 +36,8 @@ def slot_runner(tmp_path_factory):
     return DecoderRunner(open_session(path, model_name="tiny"), SIZES.language_model, limits)
 
 
-def make_limits(num_blocks=40, num_seqs=NUM_SEQS):
-    return RunnerLimits(num_seqs, MAX_LEN, MAX_CHUNK, V, block_size=BLOCK_SIZE, num_blocks=num_blocks)
+def make_limits(num_blocks=40, num_seqs=NUM_SEQS, **fields):
+    return RunnerLimits(num_seqs, MAX_LEN, MAX_CHUNK, V, block_size=BLOCK_SIZE, num_blocks=num_blocks, **fields)
 
 
 def open_runner(paths, *, device=None, limits=None, max_graphs=0, max_tokens=MAX_TOKENS):
@@ -227,13 +227,21 @@ def test_log_probabilities_come_from_the_device_and_prompts_are_scored_on_the_ho
     assert len(events["1"][0].prompt_logprobs) == 40
 
 
-def test_prompts_with_more_scores_than_rows_have_memory_for_the_step(paths):
-    runner = open_runner(paths, max_tokens=64)
-    before = dict(runner._graphs.device.allocated)
-    request = Request(id="0", prompt_ids=random_ids(1, 15), max_tokens=1, sampling=GREEDY, num_prompt_logprobs=0)
-    events, _, _ = run(runner, [request])
-    assert len(events["0"][0].prompt_logprobs) == 14
-    assert runner._graphs.device.allocated.keys() == before.keys()
+def test_prompts_are_scored_in_memory_that_was_there_before(paths):
+    device = ReferenceDevice()
+    runner = open_runner(paths, device=device, limits=make_limits(max_scored_tokens=10), max_tokens=64)
+    device.capacity_bytes = 0
+    requests = make_requests(4, num_prompt_logprobs=0)
+    events, _, _ = run(runner, requests, max_batch_tokens=64)
+    assert [len(events[request.id][0].prompt_logprobs) for request in requests] == [2, 14, 26, 38]
+    assert all(len(tokens_of(events[request.id])) == 10 for request in requests)
+
+
+def test_more_prompt_tokens_to_score_than_there_is_memory_for_are_refused(paths):
+    runner = open_runner(paths, limits=make_limits(max_scored_tokens=10))
+    sequence = make_sequence(random_ids(1, 15), [1], num_prompt_logprobs=0)
+    with pytest.raises(EngineError, match="11 prompt tokens to score"):
+        runner.launch(Batch([BatchRow(sequence, 11)]))
 
 
 def test_a_seeded_request_has_the_same_tokens_in_any_company(runner):
@@ -330,6 +338,15 @@ def test_warm_up_leaves_no_trace(paths, slot_runner):
     runner.warm_up()
     request = make_requests(2)[1]
     assert tokens_of(run(runner, [request])[0]["1"]) == alone(slot_runner, request)
+
+
+@pytest.mark.parametrize(("max_tokens", "num_tokens", "num_logits"), [(32, 32, 18), (40, 39, 18), (500, 96, 18)])
+def test_warm_up_runs_the_largest_steps(paths, max_tokens, num_tokens, num_logits):
+    runner = open_runner(paths, limits=make_limits(max_scored_tokens=10), max_tokens=max_tokens)
+    runner.warm_up()
+    runs = [call.inputs for call in runner._graphs.device.calls if call.what == "run" and call.graph == "decoder"]
+    found = [(inputs["input_ids"].shape[0], inputs["logits_index"].shape[0]) for inputs in runs]
+    assert found == [(num_tokens, num_logits), (NUM_SEQS, NUM_SEQS)]
 
 
 def test_a_cache_that_does_not_fit_is_refused_and_takes_nothing(paths):

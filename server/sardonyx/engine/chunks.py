@@ -18,6 +18,8 @@ class Prefill(NamedTuple):
     """Tokens that are in the cache."""
     num_pending: int
     """Tokens to go."""
+    max_tokens: int | None = None
+    """Of this prompt in this step at most; ``None``: no limit of its own."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -45,7 +47,7 @@ def divide_chunks(prompts: Sequence[Prefill], limits: ChunkLimits, cost: StepCos
     oldest, none waits for ever.
 
     Args:
-        prompts: in prefill, oldest first; not empty.
+        prompts: in prefill, oldest first; not empty. The oldest may take a token at least.
         limits: the room. `min_tokens` and `min_oldest_tokens` may go beyond `max_s`, nothing beyond the other two.
         cost: what a chunk costs after so many cached tokens.
 
@@ -59,7 +61,8 @@ def divide_chunks(prompts: Sequence[Prefill], limits: ChunkLimits, cost: StepCos
     chunks = [0] * len(prompts)
 
     def room(i: int) -> int:
-        return min(prompts[i].num_pending, limits.max_chunk_tokens) - chunks[i]
+        num_pending, most = prompts[i].num_pending, prompts[i].max_tokens
+        return min(num_pending, limits.max_chunk_tokens, num_pending if most is None else most) - chunks[i]
 
     share, share_s = max(1, max_tokens // _OLDEST_SHARE), max_s / _OLDEST_SHARE
     chunk = max(1, min(share, cost.max_chunk_tokens(num_past, share_s)), limits.min_oldest_tokens)

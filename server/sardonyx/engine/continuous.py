@@ -26,7 +26,7 @@ from sardonyx.core import (
 from sardonyx.engine.chunks import ChunkLimits, Prefill, divide_chunks
 from sardonyx.engine.deadlines import Deadlines
 from sardonyx.engine.paged_roster import PagedRoster
-from sardonyx.engine.roster import Roster
+from sardonyx.engine.roster import Roster, is_scored
 from sardonyx.engine.slot_roster import SlotRoster
 from sardonyx.engine.stats import PolicyStats
 from sardonyx.engine.step_cost import StepCost, StepLoad
@@ -58,7 +58,7 @@ _NO_ROW: tuple[int, BatchRow | None] = (-1, None)
 
 
 class ContinuousPolicy:
-    """Continuous batching over slots or blocks; a `sardonyx.engine.loop.Policy`, and for blocks an `AheadPolicy`.
+    """Continuous batching over slots or blocks; a `sardonyx.engine.policy.Policy`, and for blocks an `AheadPolicy`.
 
     Args:
         limits: the runner's.
@@ -173,10 +173,8 @@ class ContinuousPolicy:
         rows, prompts = self._choose_decodes(out, load)
         if prompts:
             limits = self._chunk_limits(prompts[0][0].arrival_s, now_s, load)
-            prefills = [
-                Prefill(each.num_computed_tokens + ahead, each.num_pending_tokens - ahead) for each, ahead in prompts
-            ]
-            for (sequence, num_ahead), chunk in zip(prompts, divide_chunks(prefills, limits, self._cost), strict=True):
+            chunks = divide_chunks(self._prefills(prompts), limits, self._cost)
+            for (sequence, num_ahead), chunk in zip(prompts, chunks, strict=True):
                 if chunk:
                     row = BatchRow(sequence, chunk, num_ahead)
                     rows.append(row)
@@ -206,6 +204,17 @@ class ContinuousPolicy:
         load.num_decode_rows = len(rows)
         load.num_decode_past = sum(row.num_past for row in rows)
         return rows, prompts
+
+    def _prefills(self, prompts: list[tuple[Sequence, int]]) -> list[Prefill]:
+        """Of the room for prompts that are scored the oldest of them takes what it can, then the next."""
+        prefills, num_left = [], self._limits.max_scored_tokens
+        for sequence, num_ahead in prompts:
+            num_pending = sequence.num_pending_tokens - num_ahead
+            max_tokens = num_left if is_scored(sequence) else None
+            prefills.append(Prefill(sequence.num_computed_tokens + num_ahead, num_pending, max_tokens))
+            if max_tokens is not None:
+                num_left = max(0, max_tokens - num_pending)
+        return prefills
 
     def _chunk_limits(self, oldest_arrival_s: float, now_s: float, decodes: StepLoad) -> ChunkLimits:
         options = self._options

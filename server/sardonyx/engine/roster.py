@@ -247,7 +247,11 @@ def _num_computed(sequence: Sequence, out: Mapping[str, int]) -> int:
 def num_reusable_tokens(sequence: Sequence) -> int:
     """How many leading tokens may be taken from the cache: the last one must be computed.
 
-    Prompt log-probabilities take the logits of every prompt token, until they have been delivered.
+    Prompt log-probabilities take the logits of every prompt token.
     """
-    is_scored = sequence.request.num_prompt_logprobs is not None and not sequence.num_completion_tokens
-    return 0 if is_scored else len(sequence.token_ids) - 1
+    return 0 if is_scored(sequence) else len(sequence.token_ids) - 1
+
+
+def is_scored(sequence: Sequence) -> bool:
+    """Log-probabilities of its prompt are wanted, and have not been delivered."""
+    return sequence.request.num_prompt_logprobs is not None and not sequence.num_completion_tokens

@@ -38,8 +38,6 @@ class _Step:
     host: HostSide
     logits: npt.NDArray[np.float32] | None
     """Of rows that need the host."""
-    own_logits: int
-    """Address of memory that is the step's alone; 0: none."""
     mark: Mark
 
 
@@ -114,18 +112,15 @@ class PagedRunner:
         """
         assert len(self._out) < _MAX_OUT, "two steps are out"
         plan = self._planner.plan(batch, self._drawn_at)
-        host, device, own_logits = self._pass.hosts[self._num_launched % _MAX_OUT], self._graphs.device, 0
+        host = self._pass.hosts[self._num_launched % _MAX_OUT]
         try:
-            num_logits = len(plan.rows.logits_index)
-            if num_logits > self._pass.max_logits:  # prompts are scored: every token's row, kept for the step alone
-                own_logits = device.allocate(num_logits * self._limits.vocab_size * 4)
-            logits = self._pass.start(plan.rows, host, own_logits)
+            logits = self._pass.start(plan.rows, host)
             fetched = self._fetch_logits(plan, logits) if plan.host_rows else None
-            mark = device.mark()
+            mark = self._graphs.device.mark()
         except EngineError:
-            self._settle(own_logits)
+            self._settle()
             raise
-        self._out.append(_Step(batch, plan, host, fetched, own_logits, mark))
+        self._out.append(_Step(batch, plan, host, fetched, mark))
         self._num_launched += 1
         self._drawn_at = plan.drawn_at
 
@@ -142,8 +137,6 @@ class PagedRunner:
         step = self._out.popleft()
         try:
             step.mark.wait()
-            if step.own_logits:
-                self._graphs.device.free(step.own_logits)
         except EngineError:
             self._out.clear()
             self._drawn_at = []
@@ -184,12 +177,10 @@ class PagedRunner:
         self._graphs.device.read(logits.address + plan.num_drawn * width * 4, fetched.view(np.uint8).reshape(-1))
         return fetched
 
-    def _settle(self, own_logits: int) -> None:
+    def _settle(self) -> None:
         """After a step that was taken in part: wait, since the device may still read what the host would overwrite."""
         try:
             self._graphs.device.mark().wait()
-            if own_logits:
-                self._graphs.device.free(own_logits)
         except EngineError as error:
             _logger.error("%s: the device does not answer: %s", self._graphs.model_name, error.message)
 

@@ -79,6 +79,7 @@ class StepMemory:
         input_bytes: of the largest step's inputs.
         max_tokens: T at most.
         max_rows: B at most, buckets included.
+        max_logits: N at most.
 
     Raises:
         ConfigError: the device has not so much.
@@ -93,6 +94,7 @@ class StepMemory:
         input_bytes: int,
         max_tokens: int,
         max_rows: int,
+        max_logits: int,
     ) -> None:
         self._device = graphs.device
         self._allocated: list[int] = []
@@ -104,7 +106,7 @@ class StepMemory:
             self.cache = {name: self._tensor(shape, kv.datatype) for name in cache_names(model)}
             self.inputs = self._allocate(input_bytes)
             self._input_ids = self._allocate(max_tokens * 8)
-            self._logits = self._allocate(max_rows * model.vocab_size * 4)
+            self._logits = self._allocate(max_logits * model.vocab_size * 4)
             self.drawn = DrawnLayout(max_rows)
             self._drawn = self._allocate(self.drawn.num_bytes)
         except EngineError as error:
@@ -121,7 +123,7 @@ class StepMemory:
         return DeviceTensor(self._input_ids, (num_tokens,), _INT64)
 
     def logits(self, num_rows: int) -> DeviceTensor:
-        """``(N, V)`` float32; N is `max_rows` at most."""
+        """``(N, V)`` float32; N is `max_logits` at most."""
         return DeviceTensor(self._logits, (num_rows, self._vocab_size), _FP32)
 
     def bind_cache(self, binding: DeviceBinding) -> None:

@@ -80,10 +80,19 @@ class PagedPass:
         self._buckets = Buckets(limits.num_slots, max_columns, options.max_graphs)
         max_rows = self._buckets.max_rows
         self._max_tokens = max(options.max_batch_tokens, max_rows)
+        self._max_logits = self._max_tokens
+        if limits.max_scored_tokens is not None:
+            self._max_logits = min(self._max_tokens, max_rows + limits.max_scored_tokens)
         columns = max([max_columns, *(bucket.num_columns for bucket in self._buckets.chosen)])
         largest = StepLayout(StepSizes(self._max_tokens, max_rows, self._max_tokens, max_rows, columns))
         self._memory = StepMemory(
-            graphs, model, limits, input_bytes=largest.num_bytes, max_tokens=self._max_tokens, max_rows=max_rows
+            graphs,
+            model,
+            limits,
+            input_bytes=largest.num_bytes,
+            max_tokens=self._max_tokens,
+            max_rows=max_rows,
+            max_logits=self._max_logits,
         )
         self.drawn = self._memory.drawn
         self.hosts = self._allocate_hosts(largest.num_bytes)
@@ -93,18 +102,12 @@ class PagedPass:
         metadata_shape = graphs.decoder.inputs[METADATA].shape
         self._num_bounds = metadata_shape[0] if isinstance(metadata_shape[0], int) else 3
 
-    @property
-    def max_logits(self) -> int:
-        """Rows of logits that need no memory of the step's own."""
-        return self._memory.max_rows
-
-    def start(self, rows: StepRows, host: HostSide, own_logits: int = 0) -> DeviceTensor:
+    def start(self, rows: StepRows, host: HostSide) -> DeviceTensor:
         """Give the device a step, the copy of what it draws into `host` included.
 
         Args:
             rows: of the step.
             host: stays as it is until the step is done.
-            own_logits: address of memory for them where they are more than `max_logits`.
 
         Returns:
             Where the logits will be, ``(N, V)`` or more rows.
@@ -116,7 +119,7 @@ class PagedPass:
         is_decode = len(rows.tokens) == num_rows
         bucket = self._buckets.find(num_rows, num_columns) if is_decode else None
         captured = self._captured.get(bucket) if bucket is not None else None
-        logits = self._start_eager(rows, host, own_logits) if captured is None else self._replay(captured, rows, host)
+        logits = self._start_eager(rows, host) if captured is None else self._replay(captured, rows, host)
         self._graphs.device.read(self._memory.drawn_address, host.drawn)
         return logits
 
@@ -128,14 +131,11 @@ class PagedPass:
             captured.bindings.sampler.run(captured.shared_id)
         return self._memory.logits(self._memory.max_rows)
 
-    def _start_eager(self, rows: StepRows, host: HostSide, own_logits: int) -> DeviceTensor:
+    def _start_eager(self, rows: StepRows, host: HostSide) -> DeviceTensor:
         eager = self._eager
         if eager is None:
             raise EngineError(f"model {self._graphs.model_name} is unloaded")
-        layout, num_logits = StepLayout(rows.sizes), len(rows.logits_index)
-        logits = self._memory.logits(num_logits)
-        if own_logits:
-            logits = DeviceTensor(own_logits, logits.shape, logits.datatype)
+        layout, logits = StepLayout(rows.sizes), self._memory.logits(len(rows.logits_index))
         longest = int((rows.num_past + rows.num_new).max())
         self._bind(eager, layout, rows.sizes, logits)
         eager.decoder.bind_input(METADATA, self._bounds(int(rows.num_new.max()), longest, longest))
@@ -152,11 +152,15 @@ class PagedPass:
         Reads and writes block 0 alone. No step may be out.
         """
         started_s = time.perf_counter()
-        limits = self._limits
-        chunk = min(limits.max_chunk_tokens, self._max_tokens)
-        num_chunks = min(self._max_tokens // chunk, limits.num_slots)
-        for num_rows, num_new in ((num_chunks, chunk), (limits.num_slots, 1)):
-            self.start(self._blank_rows(num_rows, num_new, limits.max_model_len), self.hosts[0])
+        limits, num_tokens = self._limits, self._max_tokens
+        num_chunks = min(-(-num_tokens // limits.max_chunk_tokens), limits.num_slots)
+        chunk = min(limits.max_chunk_tokens, num_tokens // num_chunks)
+        num_logits = min(self._max_logits, num_chunks * chunk)
+        for rows in (
+            self._blank_rows(num_chunks, chunk, limits.max_model_len, num_logits=num_logits),
+            self._blank_rows(limits.num_slots, 1, limits.max_model_len),
+        ):
+            self.start(rows, self.hosts[0])
             self._graphs.device.mark().wait()
         _logger.info("%s: warmed up in %.2f s", self._graphs.model_name, time.perf_counter() - started_s)
 
@@ -218,8 +222,10 @@ class PagedPass:
     def _bounds(self, *bounds: int) -> npt.NDArray[np.int32]:
         return np.array(bounds[: self._num_bounds], np.int32)
 
-    def _blank_rows(self, num_rows: int, num_new: int, length: int, *, num_columns: int = 0) -> StepRows:
-        """Rows that end at position `length`, all in block 0, each with a token drawn greedily."""
+    def _blank_rows(
+        self, num_rows: int, num_new: int, length: int, *, num_columns: int = 0, num_logits: int = 0
+    ) -> StepRows:
+        """Rows that end at position `length`, all in block 0; as many tokens are drawn, greedily."""
         num_tokens = num_rows * num_new
         columns = num_columns or -(-length // self._limits.block_size)
         zeros = np.zeros(num_rows, np.float32)
@@ -229,7 +235,7 @@ class PagedPass:
             num_new=np.full(num_rows, num_new, np.int64),
             num_past=np.full(num_rows, length - num_new, np.int64),
             blocks=np.zeros((num_rows, columns), np.int32),
-            logits_index=np.arange(num_rows, dtype=np.int64) * num_new,
+            logits_index=np.arange(num_logits or num_rows, dtype=np.int64),
             draws=Draws(zeros, np.zeros(num_rows, np.int64), zeros + 1, zeros, zeros),
         )
 

@@ -89,6 +89,7 @@ class Planner:
         starts = num_new.cumsum() - num_new
         drawn = [index for index, row in enumerate(rows) if row.is_sampled and not needs_host(row)]
         host_rows, host_index = _host_rows(rows, starts.tolist())
+        self._check_scores(sum(row.num_positions for row in host_rows))
         ends = starts + num_new - 1
         logits_index = [*ends[drawn].tolist(), *host_index] or [len(tokens) - 1]
         drawn_at = [NOT_DRAWN] * len(rows)
@@ -118,6 +119,11 @@ class Planner:
             raise self._broken(f"tokens after {num_past.max()} exceed {limits.max_model_len} positions")
         if max(len(row.sequence.blocks) for row in rows) > self.max_columns:
             raise self._broken(f"a sequence has more than {self.max_columns} blocks")
+
+    def _check_scores(self, num_scored: int) -> None:
+        most = self._limits.max_scored_tokens
+        if most is not None and num_scored > most:
+            raise self._broken(f"{num_scored} prompt tokens to score")
 
     def _tokens(self, rows: Sequence[BatchRow], drawn_before: Sequence[int]) -> tuple[Ints, Ints]:
         """``(T,)`` ids, and for each where it was drawn, or -1."""
