@@ -7,10 +7,11 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from tests.reference_device import ReferenceDevice
+from tests.tiny_models import make_language_model
 from tests.tiny_paged import BLOCK_SIZE, make_paged_repository
 
 from sardonyx.core import SamplingParams
-from sardonyx.errors import ConfigError
+from sardonyx.errors import ConfigError, EngineError
 from sardonyx.metrics import Metrics
 from sardonyx.repository import manifest
 from sardonyx.repository.layout import Repository
@@ -195,6 +196,40 @@ def test_an_onnx_runtime_without_cuda_is_told_what_to_install(tmp_path):
     loader = TextLoader(Settings(repository=tmp_path), Metrics("test"), KvBudget(GIB))
     with pytest.raises(ConfigError, match=r"install sardonyx\[cuda\]"):
         loader.load(Repository(tmp_path).entry("tiny"))
+
+
+def test_max_cuda_graphs_bounds_what_is_captured(tmp_path):
+    for number, max_graphs in enumerate((0, 2)):
+        root = tmp_path / str(number)
+        make_paged_repository(root, parameters={"max_cuda_graphs": str(max_graphs)})
+        bench = Bench(root)
+        assert all(complete(bench, PROMPTS))
+        captures = [call for call in bench.devices[0].calls if call.what == "capture" and call.graph == "decoder"]
+        assert len(captures) == max_graphs
+
+
+def test_captured_graphs_are_refused_where_there_is_no_card(tmp_path):
+    make_language_model(tmp_path, parameters={"max_cuda_graphs": "0"})
+    with pytest.raises(ConfigError, match=r"parameters\.max_cuda_graphs: is for models that were exported for CUDA"):
+        Bench(tmp_path).load()
+
+
+def test_a_card_on_which_the_largest_step_does_not_run_says_what_to_lower(tmp_path):
+    make_paged_repository(tmp_path)
+    bench = Bench(tmp_path)
+    device = bench.devices[0] = ReferenceDevice()
+
+    def fail(graph):
+        if graph == "decoder":
+            raise EngineError("model tiny failed on the execution provider cuda")
+
+    device.on_run = fail
+    with pytest.raises(ConfigError, match=r"max_batch_tokens: steps of so many .* on cuda:0") as error:
+        bench.load()
+    assert error.value.__context__ is None
+    device.on_run = None
+    assert device.is_closed
+    assert bench.held_bytes() == 0
 
 
 @pytest.mark.parametrize("role", ["sampler", "feed"])

@@ -31,7 +31,7 @@ _FIELD_IN_LINE = re.compile(r"([A-Za-z_]\w*)\s*[:{\[]")
 
 
 class LanguageModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``parameters`` of a language model. What is ``None`` comes from the server's settings of the same name."""
+    """``parameters`` of a language model. What is ``None`` comes from the server's settings, where one has the name."""
 
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096)] | None = None
     """Sequences that run at once: KV slots."""
@@ -45,6 +45,8 @@ class LanguageModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
     """Most memory for the KV cache; ``2GiB`` is understood."""
     max_step_ms: Annotated[float, Meta(gt=0, le=60_000)] | None = None
     """Target length of a step while others decode, in milliseconds."""
+    max_cuda_graphs: Annotated[int, Meta(ge=0, le=1024)] | None = None
+    """On a card: shapes of decode steps that are captured as CUDA graphs at most, 64 if left out; 0 captures none."""
 
 
 def load_config(folder: Path) -> ModelConfig:

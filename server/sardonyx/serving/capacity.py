@@ -22,6 +22,8 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_step_ms: float
     kv_cache_bytes: int | None
     """``None``: what the memory budget gives."""
+    max_cuda_graphs: int | None = None
+    """``None``: as many as the runner likes."""
 
     @property
     def capacity(self) -> int:
@@ -39,6 +41,7 @@ def engine_limits(options: LanguageModelOptions, settings: Settings, graph_len: 
         max_batch_tokens=options.max_batch_tokens or settings.max_batch_tokens,
         max_step_ms=options.max_step_ms or settings.max_step_ms,
         kv_cache_bytes=options.kv_cache_bytes or settings.kv_cache_bytes or None,
+        max_cuda_graphs=options.max_cuda_graphs,
     )
 
 

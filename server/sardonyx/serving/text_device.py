@@ -11,14 +11,14 @@ from pathlib import Path
 import msgspec
 
 from sardonyx.core import RunnerLimits
-from sardonyx.errors import ConfigError
+from sardonyx.errors import ConfigError, EngineError
 from sardonyx.repository.device_placement import read_device
 from sardonyx.repository.families import LanguageModel
 from sardonyx.repository.layout import ModelEntry
 from sardonyx.repository.manifest import Manifest
 from sardonyx.runners.paged_decoder import PagedRunner
 from sardonyx.runners.paged_graphs import PagedGraphs
-from sardonyx.runners.paged_pass import PagedOptions
+from sardonyx.runners.paged_pass import MAX_GRAPHS, PagedOptions
 from sardonyx.runtime.device import Device
 from sardonyx.runtime.device_cuda import open_cuda_device
 from sardonyx.runtime.device_memory import free_device_bytes
@@ -34,6 +34,9 @@ WORKSPACE_BYTES = 512 << 20
 """What a step takes beside weights, cache and logits, before it is measured: the libraries' workspaces for the most."""
 CAPTURE_BYTES = 256 << 20
 """Left for captured steps, a few MB each, which are made when the cache is there."""
+MAX_SCORED_TOKENS = 128
+"""Prompt tokens that a step scores at most. Their logits have room for as long as the model lives, 80 MB where the
+vocabulary has 150,000: what a request asks for must not be what the card has no memory left for."""
 
 
 def count_cards() -> int:
@@ -116,7 +119,7 @@ class DeviceTexts:
         share = budget.take(name, _memory_need(manifest, llm, limits, need))
         undo.callback(budget.give_back, share)
         graphs = self._open_graphs(gpu, name, folder, manifest, undo)
-        options = PagedOptions(max_batch_tokens=limits.max_batch_tokens)
+        options = _options(limits)
         measured_bytes = self._measure(gpu, graphs, llm, limits, options)
         budget_bytes, source = share.kv_bytes, "kv_cache_bytes"
         if limits.kv_cache_bytes is None:
@@ -141,13 +144,22 @@ class DeviceTexts:
     def _measure(
         self, gpu: int, graphs: PagedGraphs, llm: LanguageModel, limits: EngineLimits, options: PagedOptions
     ) -> int:
-        """Bytes that are free once the largest steps have been run, with the cache's smallest form in place."""
+        """Bytes that are free once the largest steps have been run, with the cache's smallest form in place.
+
+        Raises:
+            ConfigError: they do not run.
+        """
         probe = PagedRunner(graphs, llm, _runner_limits(llm, limits, 1), options)
         try:
             probe.warm_up()
             return max(0, self._cards.free_bytes(gpu) - CAPTURE_BYTES)
+        except EngineError as error:
+            problem = error.message
         finally:
             probe.release()
+        # Behind the block, for the error's frames hold bindings, and sessions must be gone before their stream.
+        reason = f"steps of so many tokens do not run beside the weights on cuda:{gpu}, lower it: {problem}"
+        raise ConfigError(reason, field="max_batch_tokens")
 
 
 def _check_manifest(manifest: Manifest, llm: LanguageModel, folder: Path) -> None:
@@ -161,15 +173,21 @@ def _check_manifest(manifest: Manifest, llm: LanguageModel, folder: Path) -> Non
 
 def _memory_need(manifest: Manifest, llm: LanguageModel, limits: EngineLimits, need: BlockNeed) -> MemoryNeed:
     graphs = [manifest.graphs[role] for role in ROLES]
+    num_logits = limits.max_num_seqs + MAX_SCORED_TOKENS
     wanted_bytes = need.wanted * need.block_bytes
     if limits.kv_cache_bytes is not None:
         wanted_bytes = min(wanted_bytes, limits.kv_cache_bytes)
     return MemoryNeed(
         weights_bytes=sum(file.size_bytes for graph in graphs for file in (graph.model, *graph.data)),
-        workspace_bytes=WORKSPACE_BYTES + CAPTURE_BYTES + 2 * limits.max_num_seqs * llm.vocab_size * 4,
+        workspace_bytes=WORKSPACE_BYTES + CAPTURE_BYTES + 2 * num_logits * llm.vocab_size * 4,
         kv_bytes=wanted_bytes,
         least_kv_bytes=min(wanted_bytes, need.least * need.block_bytes),
     )
+
+
+def _options(limits: EngineLimits) -> PagedOptions:
+    max_graphs = MAX_GRAPHS if limits.max_cuda_graphs is None else limits.max_cuda_graphs
+    return PagedOptions(max_batch_tokens=limits.max_batch_tokens, max_graphs=max_graphs)
 
 
 def _runner_limits(llm: LanguageModel, limits: EngineLimits, num_blocks: int) -> RunnerLimits:
@@ -181,4 +199,5 @@ def _runner_limits(llm: LanguageModel, limits: EngineLimits, num_blocks: int) ->
         vocab_size=llm.vocab_size,
         block_size=llm.kv.block_size,
         num_blocks=num_blocks,
+        max_scored_tokens=MAX_SCORED_TOKENS,
     )

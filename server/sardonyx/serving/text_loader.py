@@ -96,6 +96,9 @@ class TextLoader:
         check_files(folder, manifest, hashes=False)
         config = without_device(entry.config) if is_on_card else entry.config
         options = language_model_options(config, file=str(entry.config_path))
+        if not is_on_card and options.max_cuda_graphs is not None:
+            reason = "is for models that were exported for CUDA"
+            raise ConfigError(reason, file=str(entry.config_path), field="parameters.max_cuda_graphs")
         limits = engine_limits(options, self._settings, llm.max_model_len)
         version = _read_version(name, folder, manifest, llm, limits)
         with ExitStack() as undo:
