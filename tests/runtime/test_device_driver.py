@@ -84,6 +84,15 @@ def test_an_unknown_card_is_told_by_its_number(tmp_path, monkeypatch):
     assert driver.num_held() == 0
 
 
+@needs_compiler
+def test_a_card_without_a_stream_for_us_is_told_and_let_go_of(tmp_path, monkeypatch):
+    driver = make_driver(tmp_path, monkeypatch)
+    driver.set_fail(46)
+    with pytest.raises(ConfigError, match=r"the card 1 cannot be used: .*cuStreamCreate with error 46"):
+        CudaStream(1)
+    assert driver.num_held() == 0
+
+
 def test_a_machine_without_a_driver_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(device_driver, "LIBRARY", str(tmp_path / "libcuda.so.1"))
     with pytest.raises(ConfigError, match="is missing or too old: install NVIDIA's driver"):

@@ -98,6 +98,9 @@ class CudaStream:
             self._enter()
             self.handle = self._create("cuStreamCreate", _NON_BLOCKING)
         except EngineError as error:
+            if self._is_open:
+                self._is_open = False
+                self._driver.cuDevicePrimaryCtxRelease_v2(self._device)
             raise ConfigError(f"the card {device_id} cannot be used: {error.message}", field="instance_group") from None
 
     def allocate(self, num_bytes: int) -> int:
