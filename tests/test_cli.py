@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.tiny_models import make_language_model
+from tests.tiny_paged import make_paged_repository
 
 from sardonyx import cli
 from sardonyx.repository.layout import Repository
@@ -256,6 +257,12 @@ def test_deep_check_loads_what_a_plain_check_only_reads(tmp_path, capsys, name, 
     code, out, _ = run(["check", str(tmp_path), "--deep"], capsys)
     assert code == 1
     assert message in out.splitlines()[0]
+
+
+def test_deep_check_opens_no_graph_for_cards_where_there_is_none(tmp_path, capsys, monkeypatch):
+    revouch(make_paged_repository(tmp_path))
+    monkeypatch.setattr("sardonyx.runtime.providers.num_gpus", lambda: 0)
+    assert run(["check", str(tmp_path), "--deep"], capsys)[:2] == (0, "1 models, 0 findings\n")
 
 
 def test_flags_are_read_where_pydantic_is_loaded(tmp_path, capsys):

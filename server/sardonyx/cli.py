@@ -72,7 +72,8 @@ def check(repository: Path | None = None, /, *, hashes: bool = True, deep: bool 
     Args:
         repository: the folder; by default the one that `sardonyx serve` would serve.
         hashes: read every file and compare its sha256 with the manifest.
-        deep: also load tokenizers and chat templates, and open every graph with ONNX Runtime.
+        deep: also load tokenizers and chat templates, and open every graph with ONNX Runtime; those for cards only
+            where there is one.
     """
     from sardonyx.repository.check import Finding, check_repository
     from sardonyx.repository.layout import Repository
@@ -165,7 +166,8 @@ def _deep_problems(entry: "ModelEntry") -> Iterator[ConfigError]:
     from sardonyx.repository.layout import read_manifest
 
     with _needs("cpu"):
-        from sardonyx.runtime.session import open_session
+        from sardonyx.runtime.providers import execution_provider, num_gpus
+        from sardonyx.runtime.session import SessionConfig, open_session
 
     for version in entry.versions:
         folder = entry.version_path(version)
@@ -175,8 +177,12 @@ def _deep_problems(entry: "ModelEntry") -> Iterator[ConfigError]:
                 source = Tokenizer.load(folder).chat_template
                 if source is not None:
                     ChatTemplate(source)
-            for graph in manifest.graphs.values() if manifest else ():
-                open_session(folder / graph.model.path, model_name=entry.name).close()
+            is_for_card = manifest is not None and manifest.target == "cuda"
+            if manifest is None or (is_for_card and not num_gpus()):
+                continue  # a graph for cards cannot be opened where there is none
+            config = SessionConfig(providers=(execution_provider("cuda"),)) if is_for_card else None
+            for graph in manifest.graphs.values():
+                open_session(folder / graph.model.path, model_name=entry.name, config=config).close()
         except ConfigError as error:
             yield error
 
