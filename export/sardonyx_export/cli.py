@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from sardonyx.errors import EngineError
 from sardonyx.repository.manifest import Parity
 from sardonyx_export.errors import ExportError
-from sardonyx_export.plan import PAGED_NOTE, Plan
+from sardonyx_export.plan import CHECK_NOTE, PAGED_NOTE, Plan
 from sardonyx_export.request import ExportRequest, ExportResult, Lora, find_existing
 
 export = App(
@@ -72,8 +72,9 @@ def run(
         name: of the model. By default the source's, in small letters and without what says how it was quantised.
         task: what the model is for. auto: as its architecture and files say.
         precision: of the weights. auto: of a language model int4 where the source has 4 bits already, else int8, for
-            cuda 16 bits; of all others fp32. Language models have fp32, int8 and int4, for cuda fp16, bf16, int8 and
-            int4; encoders and speech models fp32 and int8, diffusion models fp32 and fp16.
+            cuda 16 bits; of all others fp32, for cuda fp16. Language models have fp32, int8 and int4, for cuda fp16,
+            bf16, int8 and int4; encoders fp32 and int8, for cuda fp16 and bf16; speech models fp32 and int8, diffusion
+            models fp32 and fp16.
         activations: what matrix products with quantised weights do to their other operand. fp32 keeps it, int8 rounds
             it in blocks, which is faster, int8_rows by row, which is faster still, less exact and for precision int8
             only. auto: fp32 where the source's own 4-bit blocks are kept, else int8. For cuda: fp16 or bf16, in
@@ -86,8 +87,9 @@ def run(
         tokenizer: a tokenizer.json for an ONNX graph that has none beside it.
         lora: a safetensors file that is merged into a diffusion model, and after a colon by how much:
             style.safetensors:0.8. May be given several times.
-        target: what the graph is built for. cuda is for language models: a cache in blocks, 16-bit activations, and
-            tokens drawn on the card. Others run on CUDA as they are.
+        target: what the graph is built for. cuda: language models with a cache in blocks, 16-bit activations, and
+            tokens drawn on the card; text encoders and diffusion models with CUDA's own operators. Image classifiers
+            run on CUDA as they are, speech models do not.
         sha256: what the wheel or the single file must hash to.
         force: add a version where the model is in the repository already.
         if_missing: do nothing where the repository has this model from this source already.
@@ -135,15 +137,16 @@ def parse_lora(text: str) -> Lora:
 
 def _agreement(parity: Parity) -> str:
     """One comparison in words."""
+    note = next((each for each in (PAGED_NOTE, CHECK_NOTE) if parity.reference.startswith(each)), "")
+    where, reference = (f" (run {note})", parity.reference[len(note) + 2 :]) if note else ("", parity.reference)
     if parity.mean_kl is not None and parity.top1_agreement is not None:
-        where = f" (run {PAGED_NOTE})" if parity.reference.startswith(PAGED_NOTE) else ""
         said = (
             f"{parity.top1_agreement:.1%} of {parity.num_positions} likeliest tokens, mean KL {parity.mean_kl:.2g} nats"
         )
         return f"Agrees with the source: {said}{where}"
     if parity.min_cosine is not None:
-        return f"Agrees with {parity.reference}: cosine {parity.min_cosine:.5f}"
-    return f"Agrees with {parity.reference}: numbers differ by {parity.max_abs_error:.2g} at most"
+        return f"Agrees with {reference}: cosine {parity.min_cosine:.5f}{where}"
+    return f"Agrees with {reference}: numbers differ by {parity.max_abs_error:.2g} at most{where}"
 
 
 def _export(request: ExportRequest, console: Console) -> ExportResult:

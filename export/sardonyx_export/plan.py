@@ -31,6 +31,9 @@ PAGED_NOTE = "in numpy, not on CUDA"
 """Begins `Parity.reference` where a graph for CUDA was verified: its operators exist there only, see
 `stages.paged_verify`."""
 
+CHECK_NOTE = "with equal operators of the CPU, not on CUDA"
+"""Begins `Parity.reference` where a traced graph for CUDA was verified, see `traced_cuda.write_check_graph`."""
+
 _BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "int4": 0.625}
 """With a float32 scale for every 32 weights."""
 _COARSE_STORAGE_PREFIXES = ("Q2", "Q3", "Q4", "IQ", "TQ", "MXFP4", "NVFP4")

@@ -11,7 +11,7 @@ from typing import Any
 
 from sardonyx_export.errors import ExportError
 from sardonyx_export.families.diffusion import DiffusionSpec
-from sardonyx_export.plan import Precision
+from sardonyx_export.plan import Precision, Target
 from sardonyx_export.sources.pipeline_folder import ComponentWeights
 from sardonyx_export.traced import quiet
 from sardonyx_export.traced_graph import write_graph
@@ -209,7 +209,7 @@ def sample_inputs(
 
 
 def export_component(
-    role: str, components: Components, spec: DiffusionSpec, folder: Path, precision: Precision
+    role: str, components: Components, spec: DiffusionSpec, folder: Path, precision: Precision, target: Target = "cpu"
 ) -> list[str]:
     """Trace one part. A module that goes to half precision stays there.
 
@@ -219,6 +219,7 @@ def export_component(
         spec: of the pipeline.
         folder: gets the graph and its data.
         precision: of weights and arithmetic; inputs and outputs are float32.
+        target: whose operators the graph has.
 
     Returns:
         The names of both files, the graph first.
@@ -239,7 +240,12 @@ def export_component(
     module = component_module(role, components, spec, dtype, list(inputs))
     with quiet():
         return write_graph(
-            module, inputs, outputs, folder / f"{role}.onnx", axes=axes | {name: _AXES[name] for name in outputs}
+            module,
+            inputs,
+            outputs,
+            folder / f"{role}.onnx",
+            axes=axes | {name: _AXES[name] for name in outputs},
+            target=target,
         )
 
 

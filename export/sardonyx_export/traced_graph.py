@@ -1,4 +1,4 @@
-"""A torch module traced into one ONNX graph of opset 23, with its weights in one file beside it.
+"""A torch module traced into one ONNX graph, with its weights in one file beside it.
 
 The older of torch's two exporters does the tracing. The newer one reasons about every size as a symbol: a UNet of
 eight attention layers took it 75 to 160 seconds where this one takes three, with the same numbers. What this one may
@@ -6,7 +6,8 @@ get wrong, a size or a branch fixed by the sample, is for the caller to catch by
 
 Scaled dot-product attention becomes the operator ``Attention``: on the CPU it took 0.55 s where its parts took 2.4 s
 (8 heads, 4,096 positions, two threads), and on CUDA it never holds the products of all positions. The old exporter
-knows opsets to 20 only, so the operator goes through it under a name of ours.
+knows opsets to 20 only, so the operator goes through it under a name of ours, and the graph is of opset 23. Graphs for
+CUDA are of opset 20 and have other operators there, see `traced_cuda`.
 """
 
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sardonyx_export.errors import ExportError
+from sardonyx_export.plan import Target
 
 _TRACED_OPSET = 20
 _OPSET = 23
@@ -31,6 +33,7 @@ def write_graph(
     path: Path,
     *,
     axes: Mapping[str, Sequence[str | None]],
+    target: Target = "cpu",
 ) -> list[str]:
     """Trace a module into `path`, and its weights into ``<path>.data``.
 
@@ -40,6 +43,7 @@ def write_graph(
         outputs: names.
         path: of the graph, in an existing folder.
         axes: for every input and output the names of its axes; ``None`` where the size is fixed.
+        target: whose operators the graph has.
 
     Returns:
         The names of both files, the graph first.
@@ -50,6 +54,8 @@ def write_graph(
     import onnx_ir
     import torch
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    from sardonyx_export.traced_cuda import cuda_operators, fuse_activations
 
     dynamic = {
         name: {axis: symbol for axis, symbol in enumerate(symbols) if symbol is not None}
@@ -64,7 +70,7 @@ def write_graph(
         shapes |= dict(
             zip(outputs, [value.shape for value in (found if isinstance(found, tuple) else (found,))], strict=True)
         )
-        with torch.no_grad(), _attention_kept_whole():
+        with torch.no_grad(), cuda_operators() if target == "cuda" else _attention_kept_whole():
             torch.onnx.export(
                 module,
                 tuple(inputs.values()),
@@ -76,7 +82,10 @@ def write_graph(
                 dynamic_axes=dynamic,
             )
         traced = onnx_ir.load(folder / "traced.onnx")
-        _raise_opset(traced)
+        if target == "cuda":
+            fuse_activations(traced)
+        else:
+            _raise_opset(traced)
         for value in (*traced.graph.inputs, *traced.graph.outputs):
             name = str(value.name)
             value.shape = onnx_ir.Shape([symbol or size for symbol, size in zip(axes[name], shapes[name], strict=True)])

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.runtime.ort_answers import CPU, CUDA, TENSORRT, FakeRuntime
 from tests.tiny_diffusion import make_diffusion_model
@@ -12,7 +13,8 @@ from tests.tiny_encoders import make_encoder_model
 
 from sardonyx.errors import ConfigError, InvalidRequest
 from sardonyx.metrics import Metrics
-from sardonyx.repository.layout import Repository
+from sardonyx.repository import manifest
+from sardonyx.repository.layout import Repository, read_manifest
 from sardonyx.serving import diffusion_loader, encoder_loader, image_loader
 from sardonyx.serving import engines as engines_module
 from sardonyx.serving.diffusion_loader import DiffusionLoader
@@ -170,3 +172,18 @@ def test_sides_of_pictures_are_free_where_no_engine_is_built_for_them() -> None:
 
 async def close(model: Any) -> None:
     await model.close()
+
+
+@pytest.mark.parametrize(("options", "expected"), [("", "1"), ('parameters { key: "prefer_nhwc" value: "0" }', "0")])
+def test_pictures_graphs_for_cuda_have_channels_last_unless_told_otherwise(
+    tmp_path: Path, runtime: FakeRuntime, options: str, expected: str
+) -> None:
+    config = f'optimization {{ execution_accelerators {{ gpu_execution_accelerator {{ name: "cuda" {options} }} }} }}'
+    folder = make_diffusion_model(tmp_path / "models", config=config)
+    described = read_manifest(folder)
+    assert described is not None
+    (folder / manifest.FILE_NAME).write_bytes(manifest.encode(msgspec.structs.replace(described, target="cuda")))
+    asyncio.run(close(load_diffusion(tmp_path / "models")))
+    given = {Path(each["path"]).stem: dict(each["providers"])[CUDA].get("prefer_nhwc") for each in runtime.opened}
+    encoder = expected if options else None
+    assert given == {"text_encoder": encoder, "unet": expected, "vae_decoder": expected, "vae_encoder": expected}

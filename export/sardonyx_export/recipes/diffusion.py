@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -11,7 +12,7 @@ from sardonyx.runtime.session import configure_threads
 from sardonyx_export.built import Built
 from sardonyx_export.errors import ExportError
 from sardonyx_export.families.diffusion import SCHEDULER_FILE, read_diffusion_spec
-from sardonyx_export.plan import Plan, Precision
+from sardonyx_export.plan import CHECK_NOTE, Plan, Precision
 from sardonyx_export.recipes.recipe import Progress
 from sardonyx_export.request import ExportRequest, lora_words
 from sardonyx_export.sources.model_folder import ModelFolder
@@ -51,7 +52,8 @@ class DiffusionRecipe:
         storage: Counter[str] = Counter()
         for part in self._weights.values():
             storage.update(part.storage)
-        precision: Precision = "fp16" if request.precision == "fp16" else "fp32"
+        is_half = request.precision == "fp16" or (request.precision == "auto" and request.target == "cuda")
+        precision: Precision = "fp16" if is_half else "fp32"
         self.plan = Plan(
             name=name,
             family="diffusion",
@@ -59,6 +61,7 @@ class DiffusionRecipe:
             precision=precision,
             activations=None,
             max_model_len=None,
+            target=request.target,
             num_parameters=storage.total(),
             storage=dict(storage.most_common()),
             # Above 2 GB a graph lies on the disk twice for a while.
@@ -87,6 +90,8 @@ class DiffusionRecipe:
         for lora in self._loras:
             merge_lora(components, lora)
         reference = traced_diffusion.library_name()
+        if self.plan.target == "cuda":
+            reference = f"{CHECK_NOTE}: {reference}"
         picture = diffusion_verify.library_picture(components, spec)
         facts = replace(facts, preview=fit_preview(components, spec))
         roles = [*(encoder.graph for encoder in encoders), "unet", "vae_encoder", "vae_decoder"]
@@ -94,26 +99,43 @@ class DiffusionRecipe:
         trials = {role: diffusion_verify.make_trials(role, components, spec) for role in roles}
         graphs: dict[str, list[str]] = {}
         parity: list[Parity] = []
+        paths: dict[str, Path] = {}
         for number, role in enumerate(roles):
             progress("build", number, len(roles))
             precision = self._precision_of(role)
-            graphs[role] = traced_diffusion.export_component(role, components, spec, folder, precision)
-            path = folder / graphs[role][0]
-            parity.append(diffusion_verify.compare_part(role, path, trials[role], precision, reference))
+            graphs[role] = traced_diffusion.export_component(
+                role, components, spec, folder, precision, self.plan.target
+            )
+            paths[role] = folder / graphs[role][0]
+            if self.plan.target == "cuda":
+                inputs = [trial.inputs for trial in trials[role]]
+                paths[role] = self._settle(paths[role], inputs)
+            parity.append(diffusion_verify.compare_part(role, paths[role], trials[role], precision, reference))
         progress("build", len(roles), len(roles))
         del components
-        paths = {role: folder / files[0] for role, files in graphs.items()}
         parity.append(diffusion_verify.compare_picture(picture, paths, texts, spec, self.plan.precision, reference))
+        if self.plan.target == "cuda":
+            for path in paths.values():
+                path.unlink()
         return Built(
             family="diffusion",
             architecture=self.plan.architecture,
             precision=self.plan.precision,
+            activations="fp16" if self.plan.target == "cuda" and self.plan.precision == "fp16" else "fp32",
             graphs=graphs,
             texts=texts,
             weights=self._describe(),
             diffusion=facts,
             parity=parity,
         )
+
+    def _settle(self, path: Path, inputs: list[dict[str, Any]]) -> Path:
+        """Finish a graph for CUDA, and return one that the CPU can run."""
+        from sardonyx_export.traced_cuda import write_check_graph
+        from sardonyx_export.traced_shapes import settle_shapes
+
+        settle_shapes(path, write_check_graph(path), inputs)
+        return write_check_graph(path)
 
     def _precision_of(self, role: str) -> Precision:
         return "fp32" if role.startswith("vae") and self._spec.keeps_vae_in_float32 else self.plan.precision

@@ -40,6 +40,9 @@ MAX_BATCH_ROWS = 4
 """Rows of a unet call, where the operator's config does not say."""
 MAX_STEPS = 100
 """Of a picture, where the operator's config does not say."""
+_CHANNELS_LAST = {role: {"prefer_nhwc": "1"} for role in ("unet", "vae_decoder", "vae_encoder")}
+"""Of CUDA, for graphs whose group norms take channels last, as the tensor cores do: between them and convolutions
+nothing is transposed then."""
 _SIZES = 4
 """Times the pixels that the model was trained for."""
 
@@ -137,7 +140,12 @@ class DiffusionLoader:
             ),
         )
         with ExitStack() as undo:
-            sessions = files.open_graphs(undo, engines=self._engines, bounds=bounds)
+            sessions = files.open_graphs(
+                undo,
+                engines=self._engines,
+                bounds=bounds,
+                cuda_defaults=_CHANNELS_LAST if files.manifest.target == "cuda" else None,
+            )
             parts = DiffusionSessions(
                 encoders=[sessions[encoder.graph] for encoder in diffusion.encoders],
                 unet=sessions["unet"],

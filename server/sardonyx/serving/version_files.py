@@ -5,7 +5,7 @@ Floor 4. Blocks.
 
 import logging
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import msgspec
 
 from sardonyx.errors import ConfigError
 from sardonyx.metrics import Metrics
+from sardonyx.repository.accelerators import ProviderChoice
 from sardonyx.repository.device_placement import DevicePlacement, read_device
 from sardonyx.repository.layout import ModelEntry, check_files, read_manifest
 from sardonyx.repository.manifest import Manifest, all_files
@@ -51,6 +52,7 @@ class VersionFiles(msgspec.Struct, frozen=True, kw_only=True):
         *,
         engines: Engines | None = None,
         bounds: Mapping[str, OpenBounds] | None = None,
+        cuda_defaults: Mapping[str, Mapping[str, str]] | None = None,
     ) -> dict[str, Session]:
         """A session for each graph, by role, on the model's device; `undo` closes them.
 
@@ -59,19 +61,21 @@ class VersionFiles(msgspec.Struct, frozen=True, kw_only=True):
             config: threads, for sessions on the CPU.
             engines: opens them; needed where the model may be on a card.
             bounds: of inputs' axes by graph, for TensorRT.
+            cuda_defaults: of the CUDA provider's options by graph, where the operator says nothing.
 
         Raises:
             ConfigError: as `Engines.open`.
         """
         device = self.device
         own = config or SessionConfig()
-        if device.providers:
-            providers = open_providers(device.providers, device.gpu, self.model_folder)
-            own = replace(own, providers=tuple(providers), is_strict=device.is_strict)
         sessions = {}
         total = len(self.manifest.graphs)
         for number, (role, graph) in enumerate(self.manifest.graphs.items(), 1):
             path = self.folder / graph.model.path
+            if device.providers:
+                choices = _with_defaults(device.providers, (cuda_defaults or {}).get(role, {}))
+                providers = open_providers(choices, device.gpu, self.model_folder)
+                own = replace(own, providers=tuple(providers), is_strict=device.is_strict)
             if engines is None:
                 sessions[role] = open_session(path, model_name=self.name, config=own)
             else:
@@ -95,6 +99,11 @@ class VersionFiles(msgspec.Struct, frozen=True, kw_only=True):
         statistics.load_s = time.monotonic() - self.started_s
         logger.info("%s: version %d loaded in %.2f s", self.name, self.version, statistics.load_s)
         return statistics
+
+
+def _with_defaults(choices: Sequence[ProviderChoice], options: Mapping[str, str]) -> list[ProviderChoice]:
+    """Options of the CUDA provider that the operator may override."""
+    return [ProviderChoice(each.name, {**options, **each.options}) if each.name == "cuda" else each for each in choices]
 
 
 def read_version(
