@@ -28,7 +28,7 @@ from sardonyx.processing.samplers import guidance_embedding, make_sampler, noise
 from sardonyx.repository.scheduler_config import SAMPLER_NAMES, read_scheduler_config
 from sardonyx.runners.diffusion import NOT_FINITE as NOT_FINITE_ERROR
 from sardonyx.runners.diffusion import DiffusionRunner, DiffusionSessions
-from sardonyx.runtime.session import open_session
+from sardonyx.runtime.session import KeptInputs, open_session
 
 LAYOUTS = ("sd", "sdxl", "lcm")
 LATENTS = (4, 8, 8)
@@ -164,6 +164,33 @@ def test_pictures_together_are_what_they_are_alone(models, layout, sampler):
     for alone, among in zip(pictures(), together, strict=True):
         model.make(alone)
         np.testing.assert_allclose(among.latents, alone.latents, atol=1e-5)
+
+
+def test_prompts_cross_to_the_device_when_a_picture_joins_or_leaves_and_not_in_between(model, monkeypatch):
+    kept = []
+    keep = KeptInputs.keep
+
+    def count(self, name, array):
+        kept.append((name, len(array)))
+        keep(self, name, array)
+
+    monkeypatch.setattr(KeptInputs, "keep", count)
+
+    def crossed(*pictures):
+        kept.clear()
+        model.round(*pictures)
+        return sorted(kept)
+
+    first, second = model.picture("a cat", seed=1), model.picture("dogs!", seed=2)
+    model.begin(first, second)
+    names = set(model.sessions.unet.inputs) - {"sample", "timestep"}
+    assert crossed(first) == sorted((name, first.num_rows) for name in names)
+    assert crossed(first) == []
+    assert crossed(first, second) == sorted((name, 2 * first.num_rows) for name in names)
+    assert crossed(first, second) == []
+    assert crossed(second) == sorted((name, second.num_rows) for name in names)
+    second.guidance += 1
+    assert bool(crossed(second)) is True
 
 
 def test_same_seed_is_the_same_picture_and_another_is_another(model):

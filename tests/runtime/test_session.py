@@ -15,7 +15,7 @@ from tests import tiny_tensors
 from sardonyx.errors import ConfigError, EngineError
 from sardonyx.runtime import session as session_module
 from sardonyx.runtime.providers import execution_provider
-from sardonyx.runtime.session import SessionConfig, configure_threads, open_session
+from sardonyx.runtime.session import KeptInputs, SessionConfig, configure_threads, open_session
 
 
 def write_graph(path, nodes, inputs, outputs):
@@ -68,6 +68,47 @@ def test_binding_reads_and_writes_the_arrays_in_place_at_each_run(double):
     x[:] = 5
     binding.run()
     assert (y == 10).all()
+
+
+def test_kept_input_serves_runs_of_any_shape_until_it_is_replaced(tmp_path):
+    write_graph(
+        tmp_path / "model.onnx",
+        [helper.make_node("MatMul", ["x", "w"], ["product"]), helper.make_node("Add", ["product", "b"], ["y"])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in (("x", ["N", 2]), ("w", [2, 2]), ("b", [2]))
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])],
+    )
+    session = open_session(tmp_path / "model.onnx", model_name="kept")
+    runs = KeptInputs(session)
+    w, b = np.array([[1, 2], [3, 4]], np.float32), np.array([10, 20], np.float32)
+    runs.keep("w", w)
+    runs.keep("b", b)
+    first = np.ones((3, 2), np.float32)
+    outputs = [runs.run({"x": x}, "y") for x in (first, first[:1] * 2, np.full((5, 2), 3, np.float32).T.copy().T)]
+    runs.keep("b", b * 0)
+    outputs.append(runs.run({"x": first}, "y"))
+    for output, expected in zip(
+        outputs, (first @ w + b, first[:1] * 2 @ w + b, np.full((5, 2), 3) @ w + b, first @ w), strict=True
+    ):
+        np.testing.assert_array_equal(output, expected)
+    with pytest.raises(EngineError, match="model kept failed"):
+        runs.run({"x": np.ones((2, 3), np.float32)}, "y")
+    with pytest.raises(EngineError, match="model kept failed"):
+        runs.keep("z", b)
+    np.testing.assert_array_equal(runs.run({"x": first}, "y"), first @ w)
+    runs.close()
+    with pytest.raises(EngineError, match="unloaded"):
+        runs.run({"x": first}, "y")
+    session.close()
+
+
+def test_run_without_an_input_that_nothing_keeps_fails(double):
+    session = open_session(double, model_name="double")
+    with pytest.raises(EngineError):
+        KeptInputs(session).run({}, next(iter(session.outputs)))
+    session.close()
 
 
 def test_failing_run_is_an_engine_error_and_the_runtimes_text_goes_to_the_log(double, caplog):

@@ -6,6 +6,7 @@ Floor 3. Owns the model's sessions. Which picture has its turn, and with whom, i
 import logging
 import time
 from dataclasses import dataclass
+from operator import is_
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from sardonyx.diffusion import (
 from sardonyx.errors import ConfigError, EngineError
 from sardonyx.processing.samplers import guidance_embedding
 from sardonyx.repository.families import Diffusion, PromptEncoder
-from sardonyx.runtime.session import Session
+from sardonyx.runtime.session import KeptInputs, Session
 
 _logger = logging.getLogger(__name__)
 
@@ -48,8 +49,36 @@ class DiffusionSessions:
                 session.close()
 
 
+@dataclass(slots=True, frozen=True)
+class _Conditions:
+    """What the rows of a unet call are drawn by. It stays the same from round to round while nobody joins or leaves."""
+
+    prompts: list[EncodedPrompt]
+    time_ids: Floats | None
+    guidances: list[float]
+
+    def is_same(self, other: "_Conditions") -> bool:
+        """Of the same prompts, row by row, and the same numbers."""
+        are_prompts_same = len(self.prompts) == len(other.prompts) and all(map(is_, self.prompts, other.prompts))
+        has_same_ids = self.time_ids is None or np.array_equal(self.time_ids, other.time_ids)  # type: ignore[arg-type]  # both or none
+        return are_prompts_same and has_same_ids and self.guidances == other.guidances
+
+    def tensors(self, guidance_width: int | None) -> dict[str, Floats]:
+        """Of the unet, by name."""
+        made = {"encoder_hidden_states": np.stack([prompt.hidden for prompt in self.prompts])}
+        if self.time_ids is not None:
+            made["text_embeds"] = np.stack([prompt.pooled for prompt in self.prompts if prompt.pooled is not None])
+            made["time_ids"] = self.time_ids
+        if guidance_width is not None:
+            made["timestep_cond"] = np.stack([guidance_embedding(each, guidance_width) for each in self.guidances])
+        return made
+
+
 class DiffusionRunner:
-    """A `core.Runner` of `DenoiseBatch`es, on the CPU. Used by one thread.
+    """A `core.Runner` of `DenoiseBatch`es. Used by one thread.
+
+    Latents and samplers are on the host, in float32, whatever the graphs compute in and where. What rows are drawn by
+    crosses to the unet's device when a picture joins or leaves; latents, timesteps and noise in every round.
 
     Args:
         sessions: closed with the runner.
@@ -63,6 +92,8 @@ class DiffusionRunner:
         _check_graphs(sessions, model)
         self._sessions = sessions
         self._model = model
+        self._unet = KeptInputs(sessions.unet)
+        self._conditions: _Conditions | None = None
         self._preview = np.array(model.preview, np.float32) if model.preview else None
 
     @property
@@ -105,6 +136,7 @@ class DiffusionRunner:
 
     def close(self) -> None:
         """Give back the sessions. Nothing may be executed afterwards."""
+        self._unet.close()
         self._sessions.close()
 
     def _encode(self, prompts: list[Prompt]) -> None:
@@ -173,18 +205,14 @@ class DiffusionRunner:
         time_ids: Floats | None,
         guidances: list[float],
     ) -> Floats:
-        inputs = {
-            "sample": samples,
-            "timestep": timesteps,
-            "encoder_hidden_states": np.stack([prompt.hidden for prompt in prompts]),
-        }
-        if time_ids is not None:
-            inputs["text_embeds"] = np.stack([prompt.pooled for prompt in prompts if prompt.pooled is not None])
-            inputs["time_ids"] = time_ids
-        width = self._model.guidance_width
-        if width is not None:
-            inputs["timestep_cond"] = np.stack([guidance_embedding(guidance, width) for guidance in guidances])
-        return self._sessions.unet.run(inputs)["noise_pred"]
+        conditions = _Conditions(prompts, time_ids, guidances)
+        if self._conditions is None or not conditions.is_same(self._conditions):
+            # Not known until all of them are bound.
+            self._conditions = None
+            for name, array in conditions.tensors(self._model.guidance_width).items():
+                self._unet.keep(name, array)
+            self._conditions = conditions
+        return self._unet.run({"sample": samples, "timestep": timesteps}, "noise_pred")
 
     def _step(self, picture: Picture, model_output: Floats) -> None:
         assert picture.latents is not None

@@ -187,7 +187,7 @@ class Session:
             else:
                 values = self._open().run(wanted, inputs, self._run_options)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise self._failed(error) from error
+            raise self.failed(error) from error
         return dict(zip(wanted, values, strict=True))
 
     def _run_bf16(self, wanted: list[str], inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
@@ -219,7 +219,7 @@ class Session:
         try:
             self._open().run_with_iobinding(binding, options)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise self._failed(error) from error
+            raise self.failed(error) from error
 
     def close(self) -> None:
         """Free the session once its last binding is gone. It cannot run afterwards."""
@@ -231,11 +231,67 @@ class Session:
             raise EngineError(f"model {self.model_name} is unloaded")
         return self._session
 
-    def _failed(self, error: Exception) -> EngineError:
+    def failed(self, error: Exception) -> EngineError:
+        """What callers are told of an error of ONNX Runtime's; it goes to the log. For this package."""
         if isinstance(error, EngineError):
             return error
         _ort_logger.error("model %s: %s", self.model_name, error)
         return EngineError(f"model {self.model_name} failed on the execution provider {self.provider}")
+
+
+class KeptInputs:
+    """Runs of a session some of whose inputs stay as they are for many runs. Used by one thread.
+
+    ONNX Runtime copies an input to the session's device when it is bound, so what is kept crosses once, and what a run
+    brings and its output cross in each. Nothing here is for strings and BF16.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._binding: Any = session.new_io_binding()  # onnxruntime.IOBinding, which has no types
+
+    def keep(self, name: str, array: npt.NDArray[Any]) -> None:
+        """Give `name` to every run from now on. On the CPU it is not copied: nobody may change it.
+
+        Raises:
+            EngineError: the graph has no such input, or the device has no room for it.
+        """
+        self._bind(name, array)
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]], output: str) -> npt.NDArray[Any]:
+        """Run the graph once.
+
+        Args:
+            inputs: all that are not kept.
+            output: the wanted one.
+
+        Raises:
+            EngineError: the session failed, or these and what is kept are not the graph's inputs.
+        """
+        for name, array in inputs.items():
+            self._bind(name, array)
+        binding = self._open()
+        # Anew each time: the last run's output is bound otherwise, and its shape may be another.
+        binding.clear_binding_outputs()
+        binding.bind_output(output, "cpu")
+        self._session.run_binding(binding)
+        found: npt.NDArray[Any] = binding.get_outputs()[0].numpy()
+        return found
+
+    def close(self) -> None:
+        """Free what is kept; the session stays open. Nothing runs afterwards."""
+        self._binding = None
+
+    def _bind(self, name: str, array: npt.NDArray[Any]) -> None:
+        try:
+            self._open().bind_cpu_input(name, np.ascontiguousarray(array))
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise self._session.failed(error) from error
+
+    def _open(self) -> Any:
+        if self._binding is None:
+            raise EngineError(f"model {self._session.model_name} is unloaded")
+        return self._binding
 
 
 def open_session(path: Path, *, model_name: str, provider: str = "cpu", config: SessionConfig | None = None) -> Session:
