@@ -31,6 +31,7 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(make_pipeline(root / "Tiny-SD"), root / "repository", target="cuda")
 
 
+@pytest.mark.slow
 def test_manifest_says_for_what_and_how_it_was_verified(sd: Exported) -> None:
     manifest = sd.manifest
     assert (manifest.target, manifest.precision, manifest.activations) == ("cuda", "fp16", "fp16")
@@ -45,6 +46,7 @@ def test_manifest_says_for_what_and_how_it_was_verified(sd: Exported) -> None:
     assert find_existing(ExportRequest(**asked)) is None
 
 
+@pytest.mark.slow
 def test_graphs_keep_the_contract_and_an_opset_that_cuda_has_kernels_for(sd: Exported) -> None:
     for role, wanted in SIGNATURES.items():
         assert signature(sd.path(role)) == wanted, role
@@ -53,6 +55,7 @@ def test_graphs_keep_the_contract_and_an_opset_that_cuda_has_kernels_for(sd: Exp
         assert opsets == {"": 20}
 
 
+@pytest.mark.slow
 def test_attention_and_group_norms_are_cudas(sd: Exported) -> None:
     nodes = load(sd.path("unet")).graph.node
     names = [node.op_type for node in nodes]
@@ -64,6 +67,7 @@ def test_attention_and_group_norms_are_cudas(sd: Exported) -> None:
     assert [each["activation"] for each in norms].count(0) == 4
 
 
+@pytest.mark.slow
 def test_reshapes_take_constants_but_where_a_picture_gets_its_sides_back(sd: Exported) -> None:
     graph = load(sd.path("unet")).graph
     made = {name: node.op_type for node in graph.node for name in node.output}
