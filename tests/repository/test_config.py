@@ -165,6 +165,7 @@ def test_any_text_like_a_config_parses_or_raises_config_error(text):
     parses_or_refuses(text.encode())
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")  # protobuf takes what C++ refuses
 @settings(max_examples=300)
 @given(st.integers(0, len(GOOD)), st.integers(0, len(GOOD)), st.binary(max_size=8))
 def test_any_mutation_of_a_config_parses_or_raises_config_error(start, end, inserted):
