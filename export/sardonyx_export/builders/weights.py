@@ -242,11 +242,17 @@ class WeightWriter:
     def _write_floats(
         self, name: str, tensors: Sequence[StoredTensor], num_rows: int, num_columns: int, bits: int, scale: np.float32
     ) -> Matrix:
+        def rounded(rows: npt.NDArray[np.float32], tensor_name: str) -> npt.NDArray[Any]:
+            return as_floats(rows * scale if scale != 1 else rows, self._floats, tensor_name)
+
         def pieces() -> Iterator[npt.NDArray[Any]]:
+            step = max(1, _CHUNK_WEIGHTS // num_columns)
             for tensor in tensors:
                 self._account(tensor.storage, self._floats)
-                values = self._read(tensor) * scale if scale != 1 else self._read(tensor)
-                yield as_floats(values, self._floats, tensor.name)
+                values, name = self._read(tensor), tensor.name
+                parts = (values[start : start + step] for start in range(0, len(values), step))
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    yield from pool.map(rounded, parts, itertools.repeat(name))
 
         codes = self._graph.weight(name + ".weight", DTYPES[self._floats], (num_rows, num_columns), pieces())
         return Matrix(name=name, num_rows=num_rows, num_columns=num_columns, bits=bits, codes=codes)
