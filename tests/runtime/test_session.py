@@ -440,3 +440,12 @@ def test_libraries_of_cuda_are_loaded_before_the_first_session_and_failures_logg
         session_module._prepare_process.__wrapped__()
     assert "Failed to load libcudart.so.13" in caplog.text
     assert capsys.readouterr().out == ""
+
+
+def test_runtime_that_hands_its_log_to_nobody_is_told_how_much_to_print(monkeypatch):
+    """1.31, the newest for CUDA on the package index."""
+    levels = []
+    monkeypatch.delattr(ort, "set_default_logger_callback", raising=False)
+    monkeypatch.setattr(ort, "set_default_logger_severity", levels.append)
+    session_module._prepare_process.__wrapped__()
+    assert levels == [2]

@@ -423,7 +423,10 @@ def _tensor_spec(argument: Any) -> TensorSpec:
 def _prepare_process() -> None:
     """Route ONNX Runtime's log, switch its telemetry off, load CUDA's libraries; once, since all are the process's."""
     ort.disable_telemetry_events()
-    ort.set_default_logger_callback(_log, _ort_severity())
+    if hasattr(ort, "set_default_logger_callback"):
+        ort.set_default_logger_callback(_log, _ort_severity())
+    else:  # ONNX Runtime 1.31, the newest for CUDA on the package index, can only be told how much to print
+        ort.set_default_logger_severity(_ort_severity())
     if "CUDAExecutionProvider" in ort.get_available_providers():
         # The wheels of CUDA and cuDNN put their libraries where no dynamic loader looks. What fails is printed.
         with contextlib.redirect_stdout(io.StringIO()) as printed:
