@@ -93,5 +93,8 @@ def _commit() -> str:
     told = os.environ.get("SARDONYX_COMMIT")
     if told:
         return told
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
     return done.stdout.strip()

@@ -20,7 +20,8 @@ from demo_weights import demo_gguf
 ROOT = Path(__file__).parent.parent.parent
 PART_BYTES = 56 << 20
 """Beside a working tree of a few MB within 64 MiB."""
-THERE = frozenset({"numpy", "pillow", "onnx", "ml_dtypes", "hf_xet", "torch", "transformers"})
+THERE = frozenset({"numpy", "pillow", "onnx", "ml_dtypes", "hf_xet", "huggingface_hub", "tokenizers"})
+"""What is there in a version that suits its transformers."""
 WITHOUT_NEEDS = ("diffusers==0.42.1", "importlib-metadata", "zipp")
 """Beside our own needs: what random pipelines are made with, without what is there anyway."""
 GLIBC_MINORS = (39, 35, 34, 31, 28, 27, 24, 17, 12, 5)

@@ -21,8 +21,10 @@ mkdir -p "$KIT" "$RESULTS" "$OUT"
 TORCH_PYTHON=${TORCH_PYTHON:-$PYTHON}
 # The tree comes before the wheel that was packed from it: what was mended since is what runs.
 export PYTHONPATH="$PWD/server:$PWD/export:$KIT/site:$PWD" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SARDONYX_REHEARSAL="$REHEARSAL"
-[ -f "$KIT/kit.json" ] && SARDONYX_COMMIT=$($PYTHON -c "import json; print(json.load(open('$KIT/kit.json'))['commit'])") &&
-    export SARDONYX_COMMIT
+tell_commit() { # the copy of the tree may have no git
+    [ ! -f "$KIT/kit.json" ] || export SARDONYX_COMMIT="$($PYTHON -c "import json; print(json.load(open('$KIT/kit.json'))['commit'])")"
+}
+tell_commit
 # CUDA's libraries, where they came as wheels: ONNX Runtime looks for them beside itself, and it is not beside them here.
 NVIDIA=$($PYTHON -c "import importlib.util as u; s = u.find_spec('nvidia'); print(next(iter(s.submodule_search_locations), '') if s else '')")
 if [ -d "$NVIDIA" ] && [ "$NVIDIA" != "$KIT/site/nvidia" ]; then
@@ -46,6 +48,7 @@ setup() { # join the parts, check them, install the wheels beside torch; nothing
     $PYTHON -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$KIT/site" \
         "$KIT"/wheels/*.whl || return 1
     touch "$KIT/installed"
+    tell_commit
 }
 
 look() { # what is there: card, libraries, execution providers, memory
