@@ -58,13 +58,14 @@ def check(operations, mode, max_examples, *, derandomize):
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_any_request_is_answered_as_declared(server, operations, mode):
     check(operations, mode, 12, derandomize=True)
-    if mode is GenerationMode.POSITIVE:
-        metrics = server.request("GET", "/metrics")[1].splitlines()
-        for path in ("audio/transcriptions", "audio/translations", "images/edits", "images/variations"):
-            assert any(f'"/v1/{path}"' in line and 'status="200"' in line for line in metrics)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", GenerationMode)
-def test_any_of_many_requests_is_answered_as_declared(operations, mode):
+def test_any_of_many_requests_is_answered_as_declared(server, operations, mode):
     check(operations, mode, 200, derandomize=False)
+    if mode is GenerationMode.POSITIVE:
+        # Not after a dozen: which ones are drawn depends on the modules that happen to be imported.
+        metrics = server.request("GET", "/metrics")[1].splitlines()
+        for path in ("audio/transcriptions", "audio/translations", "images/edits", "images/variations"):
+            assert any(f'"/v1/{path}"' in line and 'status="200"' in line for line in metrics)
