@@ -29,7 +29,7 @@ _BY_ELEMENT_TYPE = {datatype.element_type: datatype for datatype in DATATYPES.va
 
 @dataclass(frozen=True)
 class Call:
-    """One thing that the device was given: ``write``, ``read``, ``run``, ``capture``, ``mark`` or ``wait``."""
+    """One thing that the device was given: ``write``, ``read``, ``copy``, ``run``, ``capture``, ``mark`` or ``wait``."""
 
     what: str
     graph: str = ""
@@ -92,6 +92,11 @@ class ReferenceDevice:
     def read(self, source: int, target: Bytes) -> None:
         self.calls.append(Call("read", host_address=target.ctypes.data))
         self._put(lambda: target.__setitem__(slice(None), bytes_at(source, target.nbytes)))
+
+    def copy(self, source: int, target: int, num_bytes: int) -> None:
+        assert source + num_bytes <= target or target + num_bytes <= source, "the stretches overlap"
+        self.calls.append(Call("copy"))
+        self._put(lambda: bytes_at(target, num_bytes).__setitem__(slice(None), bytes_at(source, num_bytes)))
 
     def mark(self) -> "ReferenceMark":
         self._num_marks += 1

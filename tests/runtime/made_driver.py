@@ -90,6 +90,11 @@ int cuMemcpyDtoHAsync_v2(void *target, uintptr_t source, size_t size, uintptr_t 
     memcpy(target, (const void *)source, size);
     return stream == STREAM ? 0 : 400;
 }
+int cuMemcpyDtoDAsync_v2(uintptr_t target, uintptr_t source, size_t size, uintptr_t stream) {
+    NEEDS_CONTEXT
+    memcpy((void *)target, (const void *)source, size);
+    return stream == STREAM ? 0 : 400;
+}
 void set_fail(int code) { fail = code; }
 long num_held(void) { return retained + streams + num_device + num_host + num_events; }
 int waits(void) { return num_waits; }

@@ -20,11 +20,14 @@ def test_bytes_go_to_the_card_and_back(tmp_path, monkeypatch):
     stream.read(address, target)
     assert not target.any(), "memory of the card begins as zeros"
     stream.write(address, source)
-    stream.read(address, target)
+    other = stream.allocate(1000)
+    stream.copy(address, other, 1000)
+    stream.read(other, target)
     stream.wait(stream.record())
     assert (target == source).all()
     assert driver.waits() == 1
     stream.free(address)
+    stream.free(other)
     stream.close()
     stream.close()
     assert driver.num_held() == 0

@@ -147,6 +147,10 @@ class Device(Protocol):
         """Copy from an address of the device. `target` has it when a later mark is reached."""
         ...
 
+    def copy(self, source: int, target: int, num_bytes: int) -> None:
+        """Copy within the device's memory, between stretches that do not overlap."""
+        ...
+
     def mark(self) -> Mark:
         """The present end of what was given to the device."""
         ...

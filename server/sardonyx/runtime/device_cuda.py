@@ -104,6 +104,9 @@ class SessionDevice:
     def read(self, source: int, target: Bytes) -> None:
         self._stream.read(source, target)
 
+    def copy(self, source: int, target: int, num_bytes: int) -> None:
+        self._stream.copy(source, target, num_bytes)
+
     def mark(self) -> "StreamMark":
         return StreamMark(self._stream, self._stream.record())
 

@@ -50,6 +50,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuMemsetD8Async": (_handle, ctypes.c_ubyte, _size, _handle),
     "cuMemcpyHtoDAsync_v2": (_handle, _handle, _size, _handle),
     "cuMemcpyDtoHAsync_v2": (_handle, _handle, _size, _handle),
+    "cuMemcpyDtoDAsync_v2": (_handle, _handle, _size, _handle),
 }
 """Arguments of what is called. All return a ``CUresult``, an int; handles and addresses are 64 bits wide."""
 
@@ -67,6 +68,7 @@ class Stream(Protocol):
     def allocate_host(self, num_bytes: int) -> Bytes: ...
     def write(self, target: int, source: Bytes) -> None: ...
     def read(self, source: int, target: Bytes) -> None: ...
+    def copy(self, source: int, target: int, num_bytes: int) -> None: ...
     def record(self) -> int: ...
     def wait(self, event: int) -> None: ...
     def close(self) -> None: ...
@@ -130,6 +132,10 @@ class CudaStream:
     def read(self, source: int, target: Bytes) -> None:
         self._enter()
         self._call("cuMemcpyDtoHAsync_v2", target.ctypes.data, source, target.nbytes, self.handle)
+
+    def copy(self, source: int, target: int, num_bytes: int) -> None:
+        self._enter()
+        self._call("cuMemcpyDtoDAsync_v2", target, source, num_bytes, self.handle)
 
     def record(self) -> int:
         """An event at the stream's present end."""
