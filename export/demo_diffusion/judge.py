@@ -22,7 +22,7 @@ _MIN_AREA = 20
 _CROP = 20
 _MAX_SHAPE_DISTANCE = 0.19
 """Root mean square difference of coverage. Clean renders lie below 0.1 of their template."""
-SMALL_BELOW, BIG_FROM = 9.7, 12.1
+SMALL_BELOW, BIG_FROM = 9.8, 12.8
 
 Picture = npt.NDArray[np.uint8]
 

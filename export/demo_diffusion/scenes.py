@@ -29,12 +29,15 @@ COLOURS = {
 }
 NEUTRAL = ("white", "grey", "black")
 """Backgrounds that a caption may leave unsaid."""
-SIZES = {"small": (7.5, 9.0), "medium": (10.0, 12.0), "big": (13.0, 22.0)}
+SIZES = {"small": (7.5, 9.0), "medium": (10.5, 12.0), "big": (13.5, 20.0)}
 """Half extents in pixels. Medium is the size that no caption mentions."""
-MAX_EXTENT_OF_TWO = 15.0
+MAX_EXTENT_OF_TWO = 14.0
 RELATIONS = ("left", "right", "above", "below")
 _MARGIN = 2.0
-_GAP = 4.0
+_GAP = 2.0
+_WANDER = 4.0
+"""How far in pixels a centre lies from where a picture of so many things has it, along each axis. Wherever a thing may
+be, the network has to have seen it there with every shape: ten times the room takes ten times the training."""
 _MAX_TILT = 8.0
 _SUPERSAMPLING = 4
 _JITTER = 6
@@ -87,14 +90,19 @@ def _sample_kind(rng: np.random.Generator, colours: list[str]) -> tuple[str, str
 
 
 def _place(kinds: list[tuple[str, str, str]], rng: np.random.Generator) -> tuple[Thing, ...]:
-    """Centres so that bounding squares stay inside the picture and apart along one axis."""
+    """One thing about the middle, two side by side or one above the other; each inside the picture and apart."""
+    middles = [SIDE / 2] if len(kinds) == 1 else [SIDE / 4, SIDE * 3 / 4]
+    is_column = rng.random() < 0.5
     while True:
         things = []
-        for shape, colour, size in kinds:
+        for (shape, colour, size), middle in zip(kinds, middles, strict=True):
             low, high = SIZES[size]
             extent = float(rng.uniform(low, high if len(kinds) == 1 else min(high, MAX_EXTENT_OF_TWO)))
-            room = SIDE / 2 - extent - _MARGIN
-            x, y = (float(SIDE / 2 + rng.uniform(-room, room)) for _ in "xy")
+            edge = extent + _MARGIN
+            along, across = (
+                float(np.clip(each + rng.uniform(-_WANDER, _WANDER), edge, SIDE - edge)) for each in (middle, SIDE / 2)
+            )
+            x, y = (across, along) if is_column else (along, across)
             tilt = float(rng.uniform(-_MAX_TILT, _MAX_TILT))
             things.append(Thing(shape, colour, size, x, y, extent, tilt, _stray(COLOURS[colour], rng)))
         if len(things) == 1 or _distance(*things) >= _GAP:

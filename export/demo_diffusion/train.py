@@ -54,12 +54,12 @@ class Plan:
     cache: Path
     seed: int = 0
     num_scenes: int = 20_000
-    autoencoder_steps: int = 4_600
+    autoencoder_steps: int = 9_200
     autoencoder_batch: int = 8
     text_steps: int = 700
     text_batch: int = 128
-    denoiser_steps: int = 15_000
-    denoiser_batch: int = 16
+    denoiser_steps: int = 12_000
+    denoiser_batch: int = 32
     denoiser_rate: float = 1e-3
     save_every_s: float = 180.0
     stop_at: int | None = None
