@@ -19,7 +19,7 @@ from demo_weights import demo_gguf
 
 ROOT = Path(__file__).parent.parent.parent
 PART_BYTES = 56 << 20
-"""Beside a working tree of a few MB within 64 MiB."""
+"""Small enough for a machine that takes files a few at a time."""
 THERE = frozenset({"numpy", "pillow", "onnx", "ml_dtypes", "hf_xet", "huggingface_hub", "tokenizers"})
 """What is there in a version that suits its transformers."""
 WITHOUT_NEEDS = ("diffusers==0.42.1", "importlib-metadata", "zipp")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a card, on a bare machine: Python with torch, no internet, commands of ten minutes.
+# Everything that needs a card, on a bare machine: Python with torch, no internet. One command ends within LIMIT seconds.
 #
 #   here, once:     python benchmarks/card/pack.py
 #   there, by part: benchmarks/card/run_all.sh stash          with .cache/card/kit.NN (and kit.sums) carried along

@@ -21,13 +21,58 @@ _CPU = "CPUExecutionProvider"
 _CPU_REFUSED = "assigned to the default CPU EP"
 _SHOWN_OPERATORS = 5
 _WAYS = "export the graph without them, or say KIND_AUTO in instance_group, and the CPU runs them"
-_PLUMBING_NAMES = """
-Shape Size Gather GatherElements GatherND Slice Concat Squeeze Unsqueeze Reshape Cast Add Sub Mul Div Mod
-Neg Abs Floor Ceil Min Max Range Constant ConstantOfShape ReduceProd ReduceSum ReduceMax ReduceMin Equal
-Greater GreaterOrEqual Less LessOrEqual Not And Or Where Expand Identity Flatten Tile ScatterND Split
-SequenceConstruct SequenceAt ConcatFromSequence If
-"""
-_PLUMBING = frozenset(_PLUMBING_NAMES.split())
+_PLUMBING = frozenset(
+    {
+        "Abs",
+        "Add",
+        "And",
+        "Cast",
+        "Ceil",
+        "Concat",
+        "ConcatFromSequence",
+        "Constant",
+        "ConstantOfShape",
+        "Div",
+        "Equal",
+        "Expand",
+        "Flatten",
+        "Floor",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "If",
+        "Less",
+        "LessOrEqual",
+        "Max",
+        "Min",
+        "Mod",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Range",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSum",
+        "Reshape",
+        "ScatterND",
+        "SequenceAt",
+        "SequenceConstruct",
+        "Shape",
+        "Size",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Sub",
+        "Tile",
+        "Unsqueeze",
+        "Where",
+    }
+)
 """Operators that compute shapes. The CUDA provider leaves them to the CPU on purpose, where the sizes are needed; on
 tensors it has kernels for each of them."""
 
