@@ -73,8 +73,8 @@ def run(
         task: what the model is for. auto: as its architecture and files say.
         precision: of the weights. auto: of a language model int4 where the source has 4 bits already, else int8, for
             cuda 16 bits; of all others fp32, for cuda fp16. Language models have fp32, int8 and int4, for cuda fp16,
-            bf16, int8 and int4; encoders fp32 and int8, for cuda fp16 and bf16; speech models fp32 and int8, diffusion
-            models fp32 and fp16.
+            bf16, int8 and int4; encoders and speech models fp32 and int8, for cuda fp16 and bf16; diffusion models
+            fp32 and fp16.
         activations: what matrix products with quantised weights do to their other operand. fp32 keeps it, int8 rounds
             it in blocks, which is faster, int8_rows by row, which is faster still, less exact and for precision int8
             only. auto: fp32 where the source's own 4-bit blocks are kept, else int8. For cuda: fp16 or bf16, in
@@ -88,8 +88,8 @@ def run(
         lora: a safetensors file that is merged into a diffusion model, and after a colon by how much:
             style.safetensors:0.8. May be given several times.
         target: what the graph is built for. cuda: language models with a cache in blocks, 16-bit activations, and
-            tokens drawn on the card; text encoders and diffusion models with CUDA's own operators. Image classifiers
-            run on CUDA as they are, speech models do not.
+            tokens drawn on the card; speech models with such a cache; text encoders and diffusion models with CUDA's
+            own operators. Image classifiers run on CUDA as they are.
         sha256: what the wheel or the single file must hash to.
         force: add a version where the model is in the repository already.
         if_missing: do nothing where the repository has this model from this source already.

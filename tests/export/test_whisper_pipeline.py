@@ -87,6 +87,25 @@ def test_int8_is_built_where_asked_for(tmp_path: Path, root: Path) -> None:
     assert "int8 per channel" in manifest.source.weights
 
 
+@pytest.mark.parametrize(("precision", "datatype"), [("auto", "FP16"), ("bf16", "BF16")])
+def test_for_cuda_it_is_built_in_16_bits_with_a_cache_in_blocks(
+    tmp_path: Path, root: Path, precision: Any, datatype: str
+) -> None:
+    make_source(tmp_path / "tiny", generation={"alignment_heads": [[2, 1], [0, 0]]})
+    manifest = export(tmp_path / "tiny", root, target="cuda", precision=precision).manifest
+    chosen = datatype.replace("P", "p").replace("F", "f").replace("B", "b")
+    assert (manifest.target, manifest.precision, manifest.activations) == ("cuda", chosen, chosen)
+    assert sorted(manifest.graphs) == ["aligner", "decoder", "encoder"]
+    assert manifest.whisper is not None
+    assert (manifest.whisper.kv.datatype, manifest.whisper.kv.block_size) == (datatype, 256)
+    assert len(manifest.parity) == 6
+    assert all(each.reference.startswith("in numpy, not on CUDA: ") for each in manifest.parity)
+    assert check_repository(root) == []
+    asked = ExportRequest(source=str(tmp_path / "tiny"), repository=root)
+    assert find_existing(asked) is None
+    assert find_existing(msgspec.structs.replace(asked, target="cuda")) is not None
+
+
 def test_shards_are_one_model(tmp_path: Path, root: Path) -> None:
     make_source(tmp_path / "tiny").save_pretrained(tmp_path / "shards", max_shard_size="60KB")
     write_tokenizer(tmp_path / "shards")
@@ -143,6 +162,8 @@ def test_written_config_names_parameters_that_the_server_reads(tmp_path: Path, r
     ("options", "said"),
     [
         ({"precision": "int4"}, "--precision: int4 is for language models; speech models are built in fp32 or int8"),
+        ({"precision": "int8", "target": "cuda"}, "--precision: int8 is for the CPU; speech models for cuda are fp16"),
+        ({"precision": "fp16"}, "--precision: fp16 is for --target cuda"),
         ({"activations": "int8"}, "--activations: follow from the precision"),
         ({"max_model_len": 12}, "--max-model-len: follows from the windows"),
         ({"pooling": "cls"}, "--pooling: is for embeddings"),

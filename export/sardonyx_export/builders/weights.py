@@ -94,7 +94,7 @@ class WeightWriter:
 
     def vector(
         self,
-        names: Sequence[str],
+        names: Sequence[str | int],
         size: int,
         *,
         offset: float | npt.NDArray[np.float32] = 0.0,
@@ -103,19 +103,22 @@ class WeightWriter:
         """Norm weights or biases, one tensor after the other, each plus `offset` and times `scale`.
 
         An array is an offset for each value of a single tensor. A name that stands several times in a row is read once
-        and laid down as often.
+        and laid down as often. A number stands for as many zeros; the first one is a name.
         """
-        pieces = []
+        pieces, first = [], str(names[0])
         for name, group in itertools.groupby(names):
+            if isinstance(name, int):
+                pieces.append(np.zeros(name, DTYPES[self._floats]))
+                continue
             values = (self._read(self._tensor(name, None)) + np.asarray(offset, np.float32)) * np.float32(scale)
             pieces += [as_floats(values, self._floats, name)] * len(list(group))
         num_values = sum(map(len, pieces))
         if num_values != size:
-            raise ExportError(f"has {num_values} values; the configuration asks for {size}", field=names[0])
-        return self._graph.weight(names[0], DTYPES[self._floats], (size,), pieces)
+            raise ExportError(f"has {num_values} values; the configuration asks for {size}", field=first)
+        return self._graph.weight(first, DTYPES[self._floats], (size,), pieces)
 
     def array(self, name: str, shape: tuple[int, ...]) -> str:
-        """A tensor as it is, in the graph's floats: a convolution's weights.
+        """A tensor as it is, in float32 whatever the graph's floats are: a convolution's weights.
 
         Raises:
             ExportError: it is missing, or the configuration asks for another shape.
@@ -124,9 +127,8 @@ class WeightWriter:
         if tensor.shape != shape:
             raise ExportError(f"is {tensor.shape}; the configuration asks for {shape}", field=name)
         self._used.add(name)
-        self._account(tensor.storage, self._floats)
-        values = as_floats(self._read(tensor), self._floats, name)
-        return self._graph.weight(name, DTYPES[self._floats], shape, [values])
+        self._account(tensor.storage, "fp32")
+        return self._graph.weight(name, np.float32, shape, [self._read(tensor)])
 
     def bits(self, names: Sequence[str], kind: MatrixKind, num_rows: int, num_columns: int) -> int:
         """Bits that a stack of tensors gets: those of `kind`, but 8 instead of 4 where its source has more.

@@ -41,8 +41,7 @@ class WhisperAlignerGraph(WhisperDecoderGraph):
             stream = self._layer(i, stream)
         self._attention(alignment.heads)
         before = self._slice(stream, "before", 0, -1, axis=0)
-        logits = self._linears.apply(self._layers.norm(before, "model.decoder.layer_norm"), head, output="logits")
-        self._logprobs(logits, ids, alignment.end_id)
+        self._logprobs(self._logits(before, head), ids, alignment.end_id)
 
     def _declare_aligner(self, num_heads: int) -> None:
         graph, spec = self._graph, self._spec
@@ -93,7 +92,7 @@ class WhisperAlignerGraph(WhisperDecoderGraph):
     def _self_attention(self, index: int, hidden: str) -> str:
         """(S, E) → (S, E); each token sees itself and those before it."""
         prefix = f"model.decoder.layers.{index}.self_attn."
-        sides = [self._padded(self._layers.project(hidden, f"{prefix}{s}_proj", has_bias=s != "k")) for s in "qkv"]
+        sides = [self._padded(side) for side in self._sides(hidden, prefix)]
         attended = self._graph.node(
             "MultiHeadAttention",
             sides,
@@ -103,6 +102,10 @@ class WhisperAlignerGraph(WhisperDecoderGraph):
             unidirectional=1,
         )
         return self._layers.project(self._packed(attended), f"{prefix}out_proj")
+
+    def _sides(self, hidden: str, prefix: str) -> list[str]:
+        """Queries, keys and values, (S, E) each."""
+        return [self._layers.project(hidden, f"{prefix}{side}_proj", has_bias=side != "k") for side in "qkv"]
 
     def _padded(self, x: str) -> str:
         """(S, E) → (1, S, E)."""

@@ -11,7 +11,8 @@ As `builders.decoder_graph`, with learned positions and with cross-attention ove
 
 import numpy as np
 
-from sardonyx_export.builders.graph import MICROSOFT, GraphWriter
+from sardonyx_export.builders.floats import DTYPES, FloatKind
+from sardonyx_export.builders.graph import MICROSOFT, GraphWriter, element_type
 from sardonyx_export.builders.linear import Linears
 from sardonyx_export.builders.weights import Matrix, WeightWriter
 from sardonyx_export.builders.whisper_layers import WhisperLayers
@@ -27,8 +28,9 @@ class WhisperDecoderGraph:
         linears: adds the head.
         layers: adds the rest but attention.
         spec: what the model is.
-        head_bits: of head and embedding: 32 or 8.
+        head_bits: of head and embedding: those of `floats`, or 8.
         block_size: of head and embedding, where they are quantised.
+        floats: what is computed in; logits are fp32.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class WhisperDecoderGraph:
         *,
         head_bits: int,
         block_size: int,
+        floats: FloatKind = "fp32",
     ) -> None:
         self._graph = graph
         self._weights = weights
@@ -49,6 +52,7 @@ class WhisperDecoderGraph:
         self._spec = spec
         self._head_bits = head_bits
         self._block_size = block_size
+        self._floats: FloatKind = floats
 
     def write(self) -> None:
         """Add everything to the graph."""
@@ -57,8 +61,15 @@ class WhisperDecoderGraph:
         head, stream = self._embed("input_ids")
         for i in range(spec.num_decoder_layers):
             stream = self._layer(i, stream)
-        wanted = graph.node("Gather", [stream, "logits_index"], "wanted")
-        self._linears.apply(self._layers.norm(wanted, "model.decoder.layer_norm"), head, output="logits")
+        self._logits(graph.node("Gather", [stream, "logits_index"], "wanted"), head)
+
+    def _logits(self, x: str, head: Matrix) -> str:
+        """(N, E) of the residual stream → (N, V) float32, called ``logits``."""
+        normed = self._layers.norm(x, "model.decoder.layer_norm")
+        if self._floats == "fp32":
+            return self._linears.apply(normed, head, output="logits")
+        narrow = self._linears.apply(normed, head, output="logits.narrow")
+        return self._graph.node("Cast", [narrow], "logits", to=element_type(np.float32))
 
     def _declare_ports(self) -> None:
         graph, spec = self._graph, self._spec
@@ -83,7 +94,7 @@ class WhisperDecoderGraph:
         graph, spec = self._graph, self._spec
         tensor, shape = "model.decoder.embed_tokens.weight", (spec.vocab_size, spec.hidden_size)
         head = self._weights.matrix("embedding", [tensor], *shape, self._head_bits)
-        if head.bits == 32:
+        if head.is_whole:
             words = graph.node("Gather", [head.codes, ids], "embedded.words")
         else:
             rows = graph.share("embedding.rows", head.codes, shape)
@@ -132,15 +143,32 @@ class WhisperDecoderGraph:
         graph, spec = self._graph, self._spec
         prefix = f"model.decoder.layers.{index}.encoder_attn."
         scale = graph.constant("query.scale", np.array(spec.head_size**-0.5, np.float32))
-        query = graph.node("Mul", [self._layers.project(hidden, f"{prefix}q_proj"), scale], f"{prefix}scaled")
+        query = self._widened(self._layers.project(hidden, f"{prefix}q_proj"))
+        query = graph.node("Mul", [query, scale], f"{prefix}scaled")
         shape = graph.constant("shape.heads", np.array([0, 0, spec.num_decoder_heads, spec.head_size], np.int64))
         query = graph.node("Reshape", [self._padded(query), shape], f"{prefix}query")
         query = graph.node("Transpose", [query], f"{prefix}by_head", perm=[0, 2, 1, 3])
-        logits = graph.node("MatMul", [query, f"cross.{index}.key"], f"{prefix}logits")
+        logits = graph.node("MatMul", [query, self._cross_key(index)], f"{prefix}logits")
         shares = graph.node("Softmax", [logits], f"{prefix}shares", axis=-1)
-        heads = graph.node("MatMul", [shares, f"cross.{index}.value"], f"{prefix}heads")
+        heads = graph.node("MatMul", [shares, self._widened(f"cross.{index}.value")], f"{prefix}heads")
         by_token = graph.node("Transpose", [heads], f"{prefix}by_token", perm=[0, 2, 1, 3])
-        return self._layers.project(self._packed(by_token), f"{prefix}out_proj")
+        return self._layers.project(self._packed(self._narrowed(by_token)), f"{prefix}out_proj")
+
+    def _cross_key(self, index: int) -> str:
+        """(B, H, D, P) float32."""
+        return f"cross.{index}.key"
+
+    def _widened(self, x: str) -> str:
+        """As float32."""
+        if self._floats == "fp32":
+            return x
+        return self._graph.node("Cast", [x], f"{x}.wide", to=element_type(np.float32))
+
+    def _narrowed(self, x: str) -> str:
+        """As the graph's floats."""
+        if self._floats == "fp32":
+            return x
+        return self._graph.node("Cast", [x], f"{x}.narrow", to=element_type(DTYPES[self._floats]))
 
     def _padded(self, x: str) -> str:
         """(T, E) → (B, S, E)."""

@@ -6,13 +6,15 @@
 The decoder needs nothing else of a window, so the encoder's own output never leaves the graph. Keys lie transposed: a
 step of the decoder multiplies single rows by them, which is fastest along the positions (8 rows of 8 heads, 2 threads,
 AVX2, ONNX Runtime 1.32: 1.9 ms with the values' product, 2.3 to 2.9 ms from keys as they come, 3.4 to 5.5 ms in
-MultiHeadAttention).
+MultiHeadAttention). For CUDA, whose decoder has that operator, they lie as the values do, (B, H, P, D), and both are
+fp16 or bf16. There the convolutions alone compute in float32: CUDA has none for bf16 in this opset.
 """
 
 import numpy as np
 
 from sardonyx_export.builders.activation import activate
-from sardonyx_export.builders.graph import MICROSOFT, GraphWriter
+from sardonyx_export.builders.floats import DTYPES, FloatKind
+from sardonyx_export.builders.graph import MICROSOFT, GraphWriter, element_type
 from sardonyx_export.builders.weights import WeightWriter
 from sardonyx_export.builders.whisper_layers import WhisperLayers
 from sardonyx_export.whisper_spec import WhisperSpec
@@ -28,9 +30,18 @@ class WhisperEncoderGraph:
         weights: of the checkpoint.
         layers: adds what is not attention.
         spec: what the model is.
+        floats: what is computed in; fp32 for the CPU, fp16 or bf16 for CUDA.
     """
 
-    def __init__(self, graph: GraphWriter, weights: WeightWriter, layers: WhisperLayers, spec: WhisperSpec) -> None:
+    def __init__(
+        self,
+        graph: GraphWriter,
+        weights: WeightWriter,
+        layers: WhisperLayers,
+        spec: WhisperSpec,
+        floats: FloatKind = "fp32",
+    ) -> None:
+        self._floats: FloatKind = floats
         self._graph = graph
         self._weights = weights
         self._layers = layers
@@ -53,6 +64,8 @@ class WhisperEncoderGraph:
         x = self._convolution("conv1", "mel", spec.num_mels, stride=1)
         x = self._convolution("conv2", x, spec.hidden_size, stride=2)
         by_position = graph.node("Transpose", [x], "embedded.by_position", perm=[0, 2, 1])
+        if self._floats != "fp32":
+            by_position = graph.node("Cast", [by_position], "embedded.narrow", to=element_type(DTYPES[self._floats]))
         tensor = "model.encoder.embed_positions.weight"
         table = self._weights.table("positions", tensor, np.arange(spec.num_positions), spec.hidden_size)
         total = graph.node("Add", [by_position, table], "embedded.windows")
@@ -62,7 +75,7 @@ class WhisperEncoderGraph:
     def _convolution(self, name: str, x: str, num_channels: int, *, stride: int) -> str:
         spec, tensor = self._spec, f"model.encoder.{name}"
         weight = self._weights.array(f"{tensor}.weight", (spec.hidden_size, num_channels, _KERNEL))
-        bias = self._weights.vector([f"{tensor}.bias"], spec.hidden_size)
+        bias = self._weights.array(f"{tensor}.bias", (spec.hidden_size,))
         pads, strides = [_KERNEL // 2, _KERNEL // 2], [stride]
         y = self._graph.node("Conv", [x, weight, bias], name, kernel_shape=[_KERNEL], pads=pads, strides=strides)
         return activate(self._graph, spec.activation, y, f"{name}.active")
@@ -102,9 +115,14 @@ class WhisperEncoderGraph:
         )
         key = self._layers.project(hidden, f"{prefix}k_proj", has_bias=False)
         key = graph.node("Reshape", [key, by_head], f"{prefix}key")
-        graph.node("Transpose", [key], f"cross.{index}.key", perm=[0, 2, 3, 1])
-        graph.output(f"cross.{index}.key", np.float32, [*heads, spec.head_size, spec.num_positions])
+        dtype, by_value = DTYPES[self._floats], [*heads, spec.num_positions, spec.head_size]
+        if self._floats == "fp32":
+            graph.node("Transpose", [key], f"cross.{index}.key", perm=[0, 2, 3, 1])
+            graph.output(f"cross.{index}.key", dtype, [*heads, spec.head_size, spec.num_positions])
+        else:
+            graph.node("Transpose", [key], f"cross.{index}.key", perm=[0, 2, 1, 3])
+            graph.output(f"cross.{index}.key", dtype, by_value)
         value = self._layers.project(hidden, f"{prefix}v_proj")
         value = graph.node("Reshape", [value, by_head], f"{prefix}value")
         graph.node("Transpose", [value], f"cross.{index}.value", perm=[0, 2, 1, 3])
-        graph.output(f"cross.{index}.value", np.float32, [*heads, spec.num_positions, spec.head_size])
+        graph.output(f"cross.{index}.value", dtype, by_value)

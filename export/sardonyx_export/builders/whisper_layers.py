@@ -40,6 +40,14 @@ class WhisperLayers:
         linear = Linear(name=tensor, tensors=[tensor], num_rows=size, num_columns=size, has_bias=has_bias)
         return self._linears.add_bias(self._linears.apply(x, linear))
 
+    def query_key_value(self, x: str, prefix: str) -> str:
+        """(T, E) → (T, 3 E), side by side: one product of whole weights. Whisper's keys have no bias."""
+        size = self._spec.hidden_size
+        tensors = [f"{prefix}{side}_proj.weight" for side in "qkv"]
+        matrix = self._weights.matrix(f"{prefix}qkv_proj", tensors, 3 * size, size, self._weights.float_bits)
+        bias = self._weights.vector([f"{prefix}q_proj.bias", size, f"{prefix}v_proj.bias"], 3 * size)
+        return self._graph.node("Gemm", [x, matrix.codes, bias], f"{prefix}query_key_value", transB=1)
+
     def add(self, residual: str, added: str) -> str:
         """The residual stream with `added` in it."""
         return self._graph.node("Add", [residual, added], f"{added}.sum")

@@ -30,25 +30,19 @@ def choose_recipe(opened: OpenSource, request: ExportRequest) -> Recipe:
     if task != "embeddings" and request.pooling is not None:
         raise ExportError(f"is for embeddings; this is exported as {task}", field="--pooling")
     is_text_encoder = task in ("embeddings", "reranker", "classifier") and not _is_pickled(opened)
-    has_16_bits = is_text_encoder or task in ("text-to-image", "text-generation")
+    has_16_bits = is_text_encoder or task in ("text-to-image", "text-generation", "transcription")
     if request.precision in ("fp16", "bf16") and not has_16_bits:
         raise ExportError(
-            f"{request.precision} is for diffusion models, and for language models and text encoders with --target "
-            f"cuda; this is exported as {task}",
+            f"{request.precision} is for diffusion models, and with --target cuda for language models, text encoders "
+            f"and speech models; this is exported as {task}",
             field="--precision",
         )
     if task != "text-to-image" and request.loras:
         raise ExportError(f"is for diffusion models; this is exported as {task}", field="--lora")
-    if request.target != "cpu" and task == "transcription":
-        raise ExportError(
-            "speech models are built for the CPU only: their decoder keeps its cache in slots, and attention on CUDA "
-            "takes blocks",
-            field="--target",
-        )
     if request.target != "cpu" and not has_16_bits:
         raise ExportError(
-            f"{request.target} is for language models, text encoders and diffusion models: the graphs of others are "
-            f"the same wherever they run; this is exported as {task}",
+            f"{request.target} is for language models, text encoders, speech and diffusion models: the graphs of "
+            f"others are the same wherever they run; this is exported as {task}",
             field="--target",
         )
     match task:

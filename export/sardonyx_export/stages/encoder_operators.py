@@ -91,7 +91,10 @@ class PackedMultiHeadAttention(OpRun):
 
 
 class MultiHeadAttention(OpRun):
-    """Attention of rows that are filled up on the right: (B, S, H * D), and the lengths of rows of keys, (B)."""
+    """Attention of rows that are filled up on the right: (B, S, H * D), and the lengths of rows of keys, (B).
+
+    Keys and values may be a cross-attention's cache, (B, H, L, D).
+    """
 
     op_domain = MICROSOFT
 
@@ -100,6 +103,16 @@ class MultiHeadAttention(OpRun):
         query, key, value = map(given, (query, key, value))
         assert bias is None, "not implemented: a bias of queries, keys and values"
         assert lengths is None or lengths.shape == (len(query),), "not implemented: other masks than lengths"
+        assert len(query) == len(key) == len(value), "a row of queries has its own of keys and values"
+        assert query.dtype == key.dtype == value.dtype
+        if key.ndim == 4:
+            assert key.shape == value.shape == (len(query), attributes["num_heads"], *key.shape[2:])
+            assert lengths is None, "not implemented: lengths of a cache"
+            key, value = (side.transpose(0, 2, 1, 3) for side in (key, value))
+        if attributes.get("unidirectional", 0):
+            assert distances is None, "not implemented: a bias beside the order"
+            assert key.shape[1] == query.shape[1], "not implemented: a past"
+            distances = np.triu(np.full((1, 1, key.shape[1], key.shape[1]), -np.inf, np.float32), 1)
         output: Floats = np.zeros(query.shape, np.float32)
         for row in range(len(query)):
             length = key.shape[1] if lengths is None else int(lengths[row])

@@ -137,6 +137,10 @@ class Whisper(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     aligner: input_ids (1, S) int64, cross.{i}.key, cross.{i}.value with B = 1 -> attention (A, S, P) float32, the
     scaled products before the softmax of the heads in `alignment_heads`; logprobs (S - 1) float32, of each token given
     those before it, among the tokens below `end_id`.
+
+    For CUDA cross.{i}.key lies as cross.{i}.value does, and both and the cache are of the datatype of `kv`. The decoder
+    has its cache in blocks and the inputs of a paged step, and beside them row_gather (B, S) and row_scatter (T) of the
+    packed one; the aligner takes position_ids (S) int64.
     """
 
     vocab_size: Count
