@@ -10,10 +10,11 @@ from pathlib import Path
 from sardonyx_export.stages.attention_operator import MICROSOFT
 from sardonyx_export.stages.operators import OPERATORS, MappedEvaluator
 from sardonyx_export.stages.paged_verify import step_feeds as feeds_of
+from sardonyx_export.stages.whisper_operators import WHISPER_OPERATORS
 
 __all__ = ["MICROSOFT", "OPERATORS", "evaluator", "feeds_of"]
 
 
 def evaluator(path: Path) -> MappedEvaluator:
     """A graph with its external data, ready to ``run(None, feeds)``; bfloat16 is `ml_dtypes.bfloat16`."""
-    return MappedEvaluator(path)
+    return MappedEvaluator(path, WHISPER_OPERATORS)

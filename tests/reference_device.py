@@ -20,16 +20,18 @@ from tests.paged_reference import evaluator
 
 from sardonyx.errors import EngineError
 from sardonyx.runtime.device import ALIGNMENT, EAGER, Bytes, DeviceTensor, aligned
-from sardonyx.runtime.dtypes import DATATYPES
+from sardonyx.runtime.dtypes import DATATYPES, FP8
 from sardonyx.runtime.session import TensorSpec, open_session
 
 Array = npt.NDArray[Any]
-_BY_ELEMENT_TYPE = {datatype.element_type: datatype for datatype in DATATYPES.values()}
+_BY_ELEMENT_TYPE = {datatype.element_type: datatype for datatype in (*DATATYPES.values(), FP8)}
+_ARRAYS = {"BF16": ml_dtypes.bfloat16, "FP8": ml_dtypes.float8_e4m3fn}
+"""Where a tensor's array is more than its bits."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One thing that the device was given: ``write``, ``read``, ``copy``, ``run``, ``capture``, ``mark`` or ``wait``."""
+    """What the device was given: ``write``, ``read``, ``copy``, ``run``, ``capture``, ``mark`` or ``wait``."""
 
     what: str
     graph: str = ""
@@ -211,7 +213,7 @@ def _compute(session: ReferenceSession, inputs: dict[str, Any], outputs: dict[st
 
 def _opened(path: Path, model: onnx.ModelProto) -> Callable[[list[str], dict[str, Array]], list[Array]]:
     """What runs a graph: ONNX Runtime's CPU where it has all operators, else `onnx.reference`."""
-    if any(node.op_type == "PagedAttention" for node in model.graph.node):
+    if not {"PagedAttention", "MultiHeadAttention"}.isdisjoint(node.op_type for node in model.graph.node):
         reference = evaluator(path)
         return lambda names, feeds: reference.run(names, feeds)
     session = open_session(path, model_name="reference")
@@ -225,7 +227,7 @@ def bytes_at(address: int, num_bytes: int) -> Bytes:
 
 def tensor_at(tensor: DeviceTensor) -> Array:
     """A tensor of the device, as it is now."""
-    dtype = ml_dtypes.bfloat16 if tensor.datatype.name == "BF16" else tensor.datatype.array
+    dtype = _ARRAYS.get(tensor.datatype.name, tensor.datatype.array)
     return bytes_at(tensor.address, tensor.num_bytes).view(dtype).reshape(tensor.shape)
 
 

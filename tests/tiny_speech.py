@@ -8,8 +8,9 @@ first. The graphs take the same inputs as exported ones and look at none of them
 import hashlib
 import io
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -45,6 +46,36 @@ _DECODER = """
         float[B,1,C,2] past_key_values_0_key, float[B,1,C,2] past_key_values_0_value,
         float[B,1,2,1500] cross_0_key, float[B,1,1500,2] cross_0_value)
         => (float[N,VOCAB] logits, float[B,1,C,2] present_0_key, float[B,1,C,2] present_0_value) {
+        ids = Gather<axis=0>(input_ids, logits_index)
+        first = Gather<axis=0>(likeliest, ids)
+        second = Gather<axis=0>(likely, ids)
+        firsts = OneHot(first, size, twenty)
+        seconds = OneHot(second, size, ten)
+        logits = Add(firsts, seconds)
+        present_0_key = Identity(past_key_values_0_key)
+        present_0_value = Identity(past_key_values_0_value)
+    }
+"""
+# The same in the contract for cards, which `make_speech_model_for_cards` writes.
+_CARD_ENCODER = """
+    <ir_version: 10, opset_import: ["" : 21], producer_name: "sardonyx tests">
+    encoder (float[B,8,3000] mel) => (float16[B,1,1500,32] cross_0_key, float16[B,1,1500,32] cross_0_value) {
+        half = Slice(mel, from, to, axes, steps)
+        wide = Unsqueeze(half, one)
+        by_position = Transpose<perm=[0, 1, 3, 2]>(wide)
+        broad = Tile(by_position, sixteen)
+        cross_0_key = Cast<to=10>(broad)
+        cross_0_value = Identity(cross_0_key)
+    }
+"""
+_CARD_DECODER = """
+    <ir_version: 10, opset_import: ["" : 21], producer_name: "sardonyx tests">
+    decoder (int64[T] input_ids, int64[T] position_ids, int64[B,S] row_gather, int64[T] row_scatter,
+        int32[B,M] block_table, int32[R] cumulative_sequence_length, int32[B] past_seqlens, int32[T] slot_mapping,
+        int32[3] attention_metadata, int64[N] logits_index,
+        float16[blocks,256,1,32] past_key_values_0_key, float16[blocks,256,1,32] past_key_values_0_value,
+        float16[B,1,1500,32] cross_0_key, float16[B,1,1500,32] cross_0_value)
+        => (float[N,VOCAB] logits, float16[blocks,256,1,32] present_0_key, float16[blocks,256,1,32] present_0_value) {
         ids = Gather<axis=0>(input_ids, logits_index)
         first = Gather<axis=0>(likeliest, ids)
         second = Gather<axis=0>(likely, ids)
@@ -136,6 +167,39 @@ def make_speech_model(
     return folder
 
 
+def make_speech_model_for_cards(repository_root: Path, **options: Any) -> Path:
+    """`make_speech_model` as if it had been exported for cards: the graphs' ports, and what the manifest says of them.
+
+    Args:
+        options: of `make_speech_model`.
+    """
+    folder = make_speech_model(repository_root, **options)
+    path = folder / manifest.FILE_NAME
+    entry = manifest.parse(path.read_bytes())
+    assert entry.whisper is not None
+    old = onnx.load(folder / "decoder.onnx")
+    (folder / "decoder.onnx").unlink()
+    (folder / "encoder.onnx").unlink()
+    decoder = _graph(_CARD_DECODER.replace("VOCAB", str(entry.whisper.vocab_size)), {})
+    decoder.graph.initializer.extend(old.graph.initializer)
+    graphs = {"encoder": _encoder(_CARD_ENCODER), "decoder": decoder}
+    if "aligner" in entry.graphs:
+        graphs["aligner"] = _aligner(for_cards=True)
+    for role, graph in graphs.items():
+        onnx.save_model(graph, folder / f"{role}.onnx")
+    kv = msgspec.structs.replace(entry.whisper.kv, head_size=32, datatype="FP16", block_size=256)
+    new = msgspec.structs.replace(
+        entry,
+        target="cuda",
+        precision="fp16",
+        activations="fp16",
+        graphs={role: manifest.Graph(model=_file(folder, f"{role}.onnx")) for role in graphs},
+        whisper=msgspec.structs.replace(entry.whisper, kv=kv),
+    )
+    path.write_bytes(manifest.encode(new))
+    return folder
+
+
 def wav(duration_s: float = 2.0, *, is_silent: bool = False, pauses_at_s: tuple[float, ...] = ()) -> bytes:
     """A sound file: tones that swell and fade like syllables, silent for four seconds from each pause on."""
     times_s = np.arange(round(duration_s * SAMPLE_RATE)) / SAMPLE_RATE
@@ -185,9 +249,11 @@ def _script(facts: dict[str, int], script: str) -> tuple[npt.NDArray[np.int64], 
     return first, second
 
 
-def _encoder() -> onnx.ModelProto:
+def _encoder(text: str = _ENCODER) -> onnx.ModelProto:
     numbers = {"from": [0, 0], "to": [2, _NUM_FRAMES], "axes": [1, 2], "steps": [1, 2], "one": [1]}
-    return _graph(_ENCODER, {name: np.array(value, np.int64) for name, value in numbers.items()})
+    if text is _CARD_ENCODER:
+        numbers["sixteen"] = [1, 1, 1, 16]
+    return _graph(text, {name: np.array(value, np.int64) for name, value in numbers.items()})
 
 
 def _decoder(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], vocab_size: int) -> onnx.ModelProto:
@@ -203,13 +269,17 @@ def _decoder(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], vocab_
     )
 
 
-def _aligner() -> onnx.ModelProto:
+def _aligner(*, for_cards: bool = False) -> onnx.ModelProto:
     numbers = {"zero": [0], "one": [1], "two": [2], "nothing": 0, "single": 1}
     constants: dict[str, npt.NDArray[np.generic]] = {name: np.array(each, np.int64) for name, each in numbers.items()}
     constants["quarters"] = np.arange(_NUM_FRAMES // 2)[None] * 4 // 50
     constants["twenty"] = np.array(20, np.float32)
     constants["surety"] = np.array(-0.25, np.float32)
-    return _graph(_ALIGNER, constants)
+    text = _ALIGNER
+    if for_cards:
+        ports = "float16[1,1,1500,32] cross_0_key, float16[1,1,1500,32] cross_0_value, int64[S] position_ids"
+        text = text.replace("float[1,1,2,1500] cross_0_key, float[1,1,1500,2] cross_0_value", ports)
+    return _graph(text, constants)
 
 
 def _graph(text: str, constants: dict[str, npt.NDArray[np.generic]]) -> onnx.ModelProto:

@@ -70,6 +70,9 @@ class TimedDevice:
     def read(self, source: int, target: Bytes) -> None:
         self._device.read(source, target)
 
+    def copy(self, source: int, target: int, num_bytes: int) -> None:
+        self._device.copy(source, target, num_bytes)
+
     def mark(self) -> Mark:
         return _TimedMark(self, self._device.mark())
 

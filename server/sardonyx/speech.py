@@ -16,19 +16,20 @@ from sardonyx.core import BatchRow, Request, Sequence, SequenceEvent
 Floats = npt.NDArray[np.float32]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Window:
     """At most thirty seconds of sound. Whoever keeps it keeps what the encoder made of it: it is encoded once.
 
-    Made and dropped by callers; `cross` is written by the runner only, once.
+    Made and dropped by callers; `cross` is written by the runner only. A runner on a card may take it back, where it
+    has no room for all windows that are kept: such a window is encoded again when it is needed.
     """
 
     spectrogram: Floats
     """(M, F); zeros behind the sound."""
     num_frames: int
     """Of sound."""
-    cross: "list[CrossLayer] | None" = None
-    """By decoder layer; ``None`` until it is encoded."""
+    cross: "list[CrossLayer] | int | None" = None
+    """By decoder layer, or where a card holds it; ``None`` until it is encoded."""
 
 
 @dataclass(slots=True, frozen=True)

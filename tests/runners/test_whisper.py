@@ -197,11 +197,23 @@ def test_rows_that_begin_decode_and_move_get_the_tokens_of_their_lonely_runs(run
     """Each entry: its window, text before it, tokens to generate, and the step at which it comes."""
     sequences, expected = [], []
     for number, num_previous, num_tokens, _ in plan:
-        prompt = [62, *range(10, 10 + num_previous), START, 63] if num_previous else [START, 63]
+        prompt = prompt_after(num_previous)
         sampling = SamplingParams(temperature=float(number % 2), seed=number)
         fields = {"has_timestamps": bool(number % 3), "seed": number, "sampling": sampling}
         sequences.append(make_sequence(windows[number], prompt, **fields))
         expected.append(generate(runner, windows[number], prompt, num_tokens, **fields))
+    found = play(runner, sequences, plan)
+    for sequence, logprobs, (tokens, expected_logprobs) in zip(sequences, found, expected, strict=True):
+        assert sequence.token_ids[sequence.num_prompt_tokens :] == tokens
+        np.testing.assert_allclose(logprobs, expected_logprobs, atol=2e-4)
+
+
+def prompt_after(num_previous):
+    return [62, *range(10, 10 + num_previous), START, 63] if num_previous else [START, 63]
+
+
+def play(runner, sequences, plan):
+    """Run all of them, at most `NUM_SLOTS` at once. Returns the log-probabilities of each one's tokens."""
     waiting = sorted(range(len(plan)), key=lambda index: plan[index][3])
     running: list[int] = []
     logprobs: list[list[float]] = [[] for _ in plan]
@@ -217,9 +229,7 @@ def test_rows_that_begin_decode_and_move_get_the_tokens_of_their_lonely_runs(run
             output = advance(runner, [sequences[index] for index in running], placements)
             for index, logprob in zip(running, output.logprobs, strict=True):
                 logprobs[index].append(logprob)
-    for index, (tokens, expected_logprobs) in enumerate(expected):
-        assert sequences[index].token_ids[sequences[index].num_prompt_tokens :] == tokens
-        np.testing.assert_allclose(logprobs[index], expected_logprobs, atol=2e-4)
+    return logprobs
 
 
 def close_gaps(running, ended, sequences):

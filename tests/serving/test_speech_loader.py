@@ -233,7 +233,6 @@ def test_config_that_asks_for_what_is_not_there(tmp_path, lines, field, words):
     ("fields", "words"),
     [
         ({"family": "llm"}, "llm"),
-        ({"target": "cuda"}, "exported for cuda"),
         ({"whisper__num_frames": 1500}, "1500 frames"),
         ({"whisper__num_mels": 80}, "is not the manifest's window"),
         ({"whisper__vocab_size": 99}, ""),

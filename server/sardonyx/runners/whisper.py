@@ -5,17 +5,16 @@ engine's decision.
 """
 
 import logging
-import math
 import time
 
 import numpy as np
 
-from sardonyx.core import BatchRow, RunnerLimits, Sequence
+from sardonyx.core import BatchRow, RunnerLimits
 from sardonyx.errors import ConfigError, EngineError
 from sardonyx.repository.families import KvLayout, Whisper
-from sardonyx.runners.packed_pass import Logits, PackedPass
+from sardonyx.runners.packed_pass import PackedPass
 from sardonyx.runners.packing import ForwardRow
-from sardonyx.runners.speech_sampler import SpeechSampler, log_sum_exp, probability
+from sardonyx.runners.speech_reader import SpeechReader, request_of
 from sardonyx.runtime.kv_cache import KvCache, bytes_per_slot
 from sardonyx.runtime.session import Binding, Session
 from sardonyx.speech import (
@@ -25,8 +24,6 @@ from sardonyx.speech import (
     Placement,
     SpeechBatch,
     SpeechOutput,
-    SpeechRequest,
-    SpeechTask,
     Window,
 )
 
@@ -37,8 +34,12 @@ MAX_PADDING = 16
 
 
 def slot_bytes(model: Whisper) -> int:
-    """Memory of one slot: its own cache, its window's keys and values there, and once more with the window itself."""
-    own = bytes_per_slot(model.kv, model.max_model_len)
+    """Memory of one slot: its own cache, its window's keys and values there, and once more with the window itself.
+
+    On a card the slot's own cache are whole blocks.
+    """
+    block_size = model.kv.block_size or 1
+    own = bytes_per_slot(model.kv, -(-model.max_model_len // block_size) * block_size)
     return own + 2 * bytes_per_slot(model.kv, model.num_frames // 2)
 
 
@@ -91,8 +92,7 @@ class WhisperRunner:
             bind_more=self._cross.bind,
             pays_for_idle=True,
         )
-        self._sampler = SpeechSampler(model)
-        self._languages = np.array(list(model.language_ids.values()), np.intp)
+        self._reader = SpeechReader(model)
 
     @property
     def limits(self) -> RunnerLimits:
@@ -110,7 +110,7 @@ class WhisperRunner:
         if batch.windows:
             self._encode(batch.windows)
         if batch.aligned is not None:
-            return SpeechOutput(alignment=self._align(batch.aligned.token_ids, _request(batch.aligned).window))
+            return SpeechOutput(alignment=self._align(batch.aligned.token_ids, request_of(batch.aligned).window))
         for placement in batch.placements:
             self._place(placement)
         return self._decode(batch.rows) if batch.rows else SpeechOutput()
@@ -166,43 +166,9 @@ class WhisperRunner:
             cross.{i}.key      (B, H, D, P)  float32, of the slots' windows
             cross.{i}.value    (B, H, P, D)  float32
         """
-        wanted = [self._wanted(row) for row in rows]
+        wanted = [self._reader.wanted(row) for row in rows]
         logits, firsts = self._pass.forward([_forward_row(row) for row in rows], wanted)
-        output = SpeechOutput()
-        for index, (row, places, first) in enumerate(zip(rows, wanted, firsts, strict=True)):
-            last = logits[first + len(places) - 1]
-            output.token_ids.append(None)
-            output.logprobs.append(0.0)
-            output.no_speech_probs.append(None)
-            output.language_probs.append({})
-            if not math.isfinite(last.max()):
-                output.failed[index] = "the model's output for this sound is not finite"
-            elif _request(row.sequence).task is SpeechTask.LANGUAGES:
-                output.language_probs[index] = self._language_probs(last)
-            else:
-                if row.sequence.num_computed_tokens == 0:
-                    output.no_speech_probs[index] = probability(logits[first], self._model.no_speech_id)
-                output.token_ids[index], output.logprobs[index] = self._draw(row, last)
-        return output
-
-    def _wanted(self, row: BatchRow) -> list[int]:
-        """The row's last position; of one that begins also the start token's, which tells whether anybody speaks."""
-        last = row.num_new_tokens - 1
-        if row.sequence.num_computed_tokens:
-            return [last]
-        start = row.sequence.token_ids.index(self._model.start_id)
-        return [start] if start == last else [start, last]
-
-    def _draw(self, row: BatchRow, logits: Floats) -> tuple[int, float]:
-        sequence, request = row.sequence, _request(row.sequence)
-        drawn = sequence.token_ids[sequence.num_prompt_tokens :]
-        self._sampler.apply_rules(logits, drawn, has_timestamps=request.has_timestamps)
-        return self._sampler.draw(logits, request.sampling.temperature, sequence.seed, len(sequence.token_ids))
-
-    def _language_probs(self, logits: Logits) -> dict[int, float]:
-        among = logits[self._languages]
-        probs = np.exp(among - log_sum_exp(among))
-        return dict(zip(self._languages.tolist(), probs.tolist(), strict=True))
+        return self._reader.read(rows, wanted, logits, firsts)
 
 
 class _CrossCache:
@@ -231,13 +197,8 @@ class _CrossCache:
         self._cache.close()
 
 
-def _request(sequence: Sequence) -> SpeechRequest:
-    assert isinstance(sequence.request, SpeechRequest)
-    return sequence.request
-
-
 def _cross_of(window: Window) -> list[CrossLayer]:
-    assert window.cross is not None, "the engine has windows encoded first"
+    assert isinstance(window.cross, list), "the engine has windows encoded first"
     return window.cross
 
 

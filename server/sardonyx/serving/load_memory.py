@@ -1,7 +1,7 @@
 """Room for a model's weights while they are loaded, on the host or on cards: a load is refused where there is none.
 
-Floor 4. Language models on cards are not looked at: they hold a share of the card for as long as they live
-(`text_device`). Of all others a measurement after the load shows what they took.
+Floor 4. Language and speech models on cards are not looked at: they hold a share of the card for as long as they live
+(`text_device`, `speech_device`). Of all others a measurement after the load shows what they took.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,9 +14,10 @@ from sardonyx.repository.layout import ModelEntry
 from sardonyx.repository.manifest import Manifest
 from sardonyx.repository.tensor_config import read_placement
 from sardonyx.runtime.host_memory import free_memory_bytes
-from sardonyx.serving.entry import TEXT_FAMILY
+from sardonyx.serving.entry import SPEECH_FAMILY, TEXT_FAMILY
 from sardonyx.serving.memory import DeviceBudgets, MemoryBudget, MemoryNeed
 
+_CACHING = frozenset({TEXT_FAMILY, SPEECH_FAMILY})
 _HOST_REMEDY = "unload another model, export it with a smaller precision, or lower memory_fraction"
 
 
@@ -58,7 +59,7 @@ class LoadMemory:
         gpus: set[int | None] = {None}
         if entry.config.platform == "ensemble" or entry.config.HasField("ensemble_scheduling"):
             gpus = set()
-        elif not num_gpus or (manifest is not None and manifest.family == TEXT_FAMILY):
+        elif not num_gpus or (manifest is not None and manifest.family in _CACHING):
             gpus = set() if is_for_cards else {None}
         elif manifest is not None:
             gpus = {read_device(entry.config, needs_gpu=is_for_cards, num_gpus=num_gpus, file=file).gpu}

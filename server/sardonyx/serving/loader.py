@@ -27,6 +27,7 @@ from sardonyx.serving.memory import DeviceBudgets, KvBudget
 from sardonyx.serving.override import override_config, override_folder
 from sardonyx.serving.registry import Registry
 from sardonyx.serving.served import LoadedModel, ModelOverride, ServedModel
+from sardonyx.serving.speech_device import DeviceSpeeches
 from sardonyx.serving.speech_loader import SpeechLoader
 from sardonyx.serving.task_finder import Judge, TaskFinder
 from sardonyx.serving.task_tensors import TaskTensorModel
@@ -85,10 +86,10 @@ class ModelLoader:
         self._registry: Registry | None = None
         devices = devices or DeviceBudgets(settings.device_memory_fraction)
         self._texts = TextLoader(settings, metrics, budget, DeviceTexts(settings, devices))
+        self._speech = SpeechLoader(settings, metrics, budget, DeviceSpeeches(settings, devices))
         self._engines = Engines(settings.engine_cache, metrics)
         self._encoders = EncoderLoader(settings, metrics, self._engines)
         self._images = ImageClassifierLoader(settings, metrics, self._engines)
-        self._speech = SpeechLoader(settings, metrics, budget)
         self._diffusion = DiffusionLoader(settings, metrics, self._judge, self._engines)
         self._tensors = TensorLoader(settings, metrics, self._part, self._engines)
         self._memory = LoadMemory(devices, num_gpus())

@@ -4,8 +4,12 @@ Floor 4. Everything here blocks; the registry runs it in worker threads.
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 
+import msgspec
+
+from sardonyx.core import Runner
 from sardonyx.engine.loop import StepLoop
 from sardonyx.engine.speech import SpeechOptions, SpeechPolicy
 from sardonyx.errors import ConfigError
@@ -13,24 +17,27 @@ from sardonyx.metrics import Metrics
 from sardonyx.processing.log_mel import WINDOW_FRAMES
 from sardonyx.processing.tokenizer import Tokenizer
 from sardonyx.processing.whisper_tokens import WhisperTokens
+from sardonyx.repository.device_placement import without_device
 from sardonyx.repository.families import Whisper
-from sardonyx.repository.layout import ModelEntry
+from sardonyx.repository.layout import ModelEntry, read_manifest
 from sardonyx.repository.speech_config import SpeechModelOptions, speech_model_options
 from sardonyx.runners.whisper import WhisperRunner, WhisperSessions, slot_bytes
 from sardonyx.serving.admission import Admission
 from sardonyx.serving.dispatch import EventDispatch
 from sardonyx.serving.entry import SPEECH_FAMILY
 from sardonyx.serving.loop_calls import LoopCalls
-from sardonyx.serving.memory import KvBudget, KvShare
+from sardonyx.serving.memory import DeviceBudgets, KvBudget, KvShare
 from sardonyx.serving.passage import SpeechTools
 from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.speech import SpeechLimits, SpeechModel
+from sardonyx.serving.speech_device import DeviceSpeeches
 from sardonyx.serving.speech_requests import SpeechRequests
 from sardonyx.serving.speech_tensors import speech_face
 from sardonyx.serving.task_tensors import TaskTensorModel
 from sardonyx.serving.transcription import SpeechRuntime, Transcription
 from sardonyx.serving.version_files import VersionFiles, read_version
 from sardonyx.settings import Settings
+from sardonyx.speech import SpeechBatch, SpeechOutput
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +45,31 @@ MAX_NUM_SEQS = 16
 """Windows that are decoded at once, where the operator's config does not say."""
 
 
+class _Opened(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's runner, warm, and what is to be done with it later."""
+
+    runner: Runner[SpeechBatch, SpeechOutput]
+    settle: Callable[[], None] = lambda: None
+    """When the model serves."""
+    give_back: Callable[[], None]
+    """When it is closed."""
+
+
 class SpeechLoader:
     """Loads speech models. What they share is made here.
 
     Args:
-        budget: for the caches of all models that bring no `kv_cache_bytes` of their own.
+        settings: of the server.
+        metrics: of the server.
+        budget: for the caches of all models in the host's memory that bring no `kv_cache_bytes` of their own.
+        devices: opens models for cards; ``None``: with budgets that no other family shares.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, budget: KvBudget) -> None:
+    def __init__(
+        self, settings: Settings, metrics: Metrics, budget: KvBudget, devices: DeviceSpeeches | None = None
+    ) -> None:
         self._settings = settings
+        self._devices = devices or DeviceSpeeches(settings, DeviceBudgets(settings.device_memory_fraction))
         self._metrics = metrics
         self._budget = budget
         self._pool = WorkerPool()
@@ -67,16 +90,15 @@ class SpeechLoader:
         Raises:
             ConfigError: a file is missing or wrong, or one window does not fit the memory budget.
         """
-        files = read_version(entry, version, {SPEECH_FAMILY}, "speech model")
-        name, whisper = files.name, _facts(files)
-        options = speech_model_options(entry.config, file=str(entry.config_path))
+        files = self._read_version(entry, version)
+        is_on_card = files.device.gpu is not None
+        name, whisper, config = files.name, _facts(files), entry.config
+        options = speech_model_options(without_device(config) if is_on_card else config, file=str(entry.config_path))
         tokens = WhisperTokens(Tokenizer.load(files.folder), whisper)
         with ExitStack() as undo:
-            share, num_slots = self._take_memory(name, options, slot_bytes(whisper))
-            undo.callback(self._budget.give_back, share)
-            runner = _open_runner(files, whisper, num_slots)
-            undo.callback(runner.close)
-            runner.warm_up()
+            opened = (self._open_on_card if is_on_card else self._open_on_host)(files, whisper, options, undo)
+            runner = opened.runner
+            num_slots = runner.limits.num_slots
             dispatch = EventDispatch()
             policy = SpeechPolicy(
                 runner.limits,
@@ -87,6 +109,7 @@ class SpeechLoader:
             dispatch.connect(engine)
             engine.start()
             undo.pop_all()
+        opened.settle()
         metrics = self._metrics.model(name)
         metrics.set_cache_info(block_size=whisper.max_model_len, num_blocks=num_slots)
         requests = SpeechRequests(
@@ -108,11 +131,37 @@ class SpeechLoader:
             admission=self._admission,
             metrics=metrics,
             statistics=files.count_load(self._metrics),
-            on_close=lambda: self._budget.give_back(share),
+            on_close=opened.give_back,
         )
         limits = SpeechLimits(max_audio_s=self._settings.max_audio_s, timeout_s=self._settings.request_timeout_s)
         task = SpeechModel(runtime, whisper, calls, limits)
         return TaskTensorModel(task, speech_face(task), calls, entry.config, files)
+
+    def _read_version(self, entry: ModelEntry, version: int) -> VersionFiles:
+        """Its config says a device only where it was exported for one."""
+        manifest = read_manifest(entry.version_path(version))
+        is_for_cards = manifest is not None and manifest.target == "cuda"
+        if is_for_cards and entry.config.HasField("optimization"):
+            reason = "has no meaning for a speech model: CUDA alone has its operators"
+            raise ConfigError(reason, file=str(entry.config_path), field="optimization")
+        num_gpus = self._devices.count() if is_for_cards else None
+        return read_version(entry, version, {SPEECH_FAMILY}, "speech model", num_gpus=num_gpus)
+
+    def _open_on_host(
+        self, files: VersionFiles, whisper: Whisper, options: SpeechModelOptions, undo: ExitStack
+    ) -> _Opened:
+        share, num_slots = self._take_memory(files.name, options, slot_bytes(whisper))
+        undo.callback(self._budget.give_back, share)
+        runner = _open_runner(files, whisper, num_slots)
+        undo.callback(runner.close)
+        runner.warm_up()
+        return _Opened(runner=runner, give_back=lambda: self._budget.give_back(share))
+
+    def _open_on_card(
+        self, files: VersionFiles, whisper: Whisper, options: SpeechModelOptions, undo: ExitStack
+    ) -> _Opened:
+        opened = self._devices.open(files, whisper, options, options.max_num_seqs or MAX_NUM_SEQS, undo)
+        return _Opened(runner=opened.runner, settle=opened.settle, give_back=opened.give_back)
 
     def _take_memory(self, name: str, options: SpeechModelOptions, bytes_each: int) -> tuple[KvShare, int]:
         """A share of the budget, and how many windows it holds; a line in the log says so."""
