@@ -136,7 +136,7 @@ def test_encoder_for_cards_gives_the_cpu_s_embeddings(tmp_path: Path, precision:
 
 
 def test_whisper_s_encoder_hears_the_same_on_the_card(tmp_path: Path) -> None:
-    """Of the decoder nothing is run: it needs a newer ONNX Runtime than there is for CUDA."""
+    """Of the CPU's decoder nothing is run: it needs a newer ONNX Runtime than there is for CUDA. See `test_speech`."""
     source, built = tmp_path / "whisper", tmp_path / "built"
     sizes = {"d_model": 128, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256}
     make_whisper(source, encoder_attention_heads=2, decoder_attention_heads=2, **sizes)
