@@ -173,6 +173,48 @@ def test_int8_caches_stay_near_sixteen_bits() -> None:
     assert 1e-4 < difference < 0.1
 
 
+def test_fp8_caches_stay_near_sixteen_bits() -> None:
+    arrays, sequences = case()
+    feeds = step([(0, 0, 40)], sequences)
+    exact = attend(arrays | feeds, do_rotary=1)[0]
+    empty = np.zeros((NUM_BLOCKS, BLOCK, K, D), ml_dtypes.float8_e4m3fn)
+    quantised = arrays | {"key_cache": empty, "value_cache": empty.copy()}
+    scales = {name: np.array([4 / 448], np.float32) for name in ("k_scale", "v_scale")}
+    types = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR"}
+    output, keys, _ = attend(quantised | scales | feeds, do_rotary=1, **types)
+    assert keys.dtype == ml_dtypes.float8_e4m3fn
+    assert 1e-4 < np.abs(output.astype(np.float32) - exact).max() < 0.2
+
+
+@pytest.mark.parametrize(("dtype", "lowest", "highest"), [(np.int8, -128, 127), (ml_dtypes.float8_e4m3fn, -448, 448)])
+def test_each_channel_has_its_scale_and_what_lies_beyond_is_cut_off(dtype: Any, lowest: int, highest: int) -> None:
+    arrays, (sequence, *_) = case()
+    query = np.zeros((1, H + 2 * K, D), np.float16)
+    query[0, H:] = np.resize([1, -2, 1000, -1000], (2 * K, D))
+    arrays |= {name: np.zeros((NUM_BLOCKS, BLOCK, K, D), dtype) for name in ("key_cache", "value_cache")}
+    key_scale = np.arange(1, K * D + 1, dtype=np.float32).reshape(K, 1, D) / 8
+    scales = {"k_scale": key_scale, "v_scale": np.zeros(1, np.float32)}
+    types = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_TENSOR"}
+    feeds = step([(0, 0, 1)], [sequence]) | {"query": query.reshape(1, -1)}
+    _, keys, values = attend(arrays | scales | feeds, **types)
+    stored = keys[7, 0].astype(np.float32)
+    scaled = query[0, H : H + K].astype(np.float32) / key_scale[:, 0]
+    expected = np.clip(np.rint(scaled) if dtype == np.int8 else scaled, lowest, highest)
+    np.testing.assert_array_equal(stored, expected.astype(dtype).astype(np.float32))
+    assert (stored.min(), stored.max()) == (lowest, highest)
+    assert not values.astype(np.float32).any()
+
+
+@pytest.mark.parametrize("shape", [(K, D), (K, D, 1), (1,)])
+def test_scales_by_channel_of_another_shape_are_told(shape: tuple[int, ...]) -> None:
+    arrays, sequences = case()
+    quantised = arrays | {name: np.zeros((NUM_BLOCKS, BLOCK, K, D), np.int8) for name in ("key_cache", "value_cache")}
+    scales = {name: np.ones(shape, np.float32) for name in ("k_scale", "v_scale")}
+    types = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+    with pytest.raises(AssertionError, match="k_scale is"):
+        attend(quantised | scales | step([(0, 0, 4)], sequences), **types)
+
+
 def test_norms_of_queries_and_keys_come_before_the_rotation() -> None:
     arrays, sequences = case()
     weights = {"q_norm_weight": np.full(D, 2, np.float16), "k_norm_weight": np.full(D, 0.5, np.float16)}

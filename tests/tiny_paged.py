@@ -19,22 +19,27 @@ from sardonyx_export.builders.sampler import build_sampler
 BLOCK_SIZE = 16
 
 
-def paged_language_model(sizes: TinyDecoder) -> families.LanguageModel:
+KV_SCALES = {"INT8": 8 / 127, "FP8": 16 / 448}
+"""Of quantised caches, whose keys and values stay below 8 in the tiny model."""
+_ELEMENT_TYPES = {"FP16": TensorProto.FLOAT16, "INT8": TensorProto.INT8, "FP8": TensorProto.FLOAT8E4M3FN}
+
+
+def paged_language_model(sizes: TinyDecoder, cache: str = "FP16") -> families.LanguageModel:
     """The manifest's part."""
     model = sizes.language_model
     layout = families.KvLayout(
         num_layers=model.kv.num_layers,
         num_kv_heads=model.kv.num_kv_heads,
         head_size=model.kv.head_size,
-        datatype="FP16",
+        datatype=cache,
         block_size=BLOCK_SIZE,
     )
     return families.LanguageModel(vocab_size=model.vocab_size, max_model_len=model.max_model_len, kv=layout)
 
 
-def make_paged_model(folder: Path, sizes: TinyDecoder) -> dict[str, Path]:
+def make_paged_model(folder: Path, sizes: TinyDecoder, cache: str = "FP16") -> dict[str, Path]:
     """Write ``decoder.onnx``, ``sampler.onnx`` and ``feed.onnx``, and return their paths by role."""
-    onnx.save_model(_PagedWriter(sizes).decoder(), folder / "decoder.onnx")
+    onnx.save_model(_PagedWriter(sizes, cache).decoder(), folder / "decoder.onnx")
     return {
         "decoder": folder / "decoder.onnx",
         "sampler": build_sampler(sizes.vocab_size, folder)[0],
@@ -43,6 +48,10 @@ def make_paged_model(folder: Path, sizes: TinyDecoder) -> dict[str, Path]:
 
 
 class _PagedWriter(_GraphWriter):
+    def __init__(self, sizes: TinyDecoder, cache: str) -> None:
+        super().__init__(sizes)
+        self.cache = cache
+
     def attention(self, source: str, layer: int) -> str:
         sizes, prefix = self.sizes, f"layers.{layer}.attention"
         parts = []
@@ -56,7 +65,13 @@ class _PagedWriter(_GraphWriter):
             self.node("Cast", ["sin_cache"], "sin_half", to=TensorProto.FLOAT16)
         past = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
         lengths = ["cumulative_sequence_length", "past_seqlens", "block_table"]
-        inputs = [half, "", "", *past, *lengths, "cos_half", "sin_half", "slot_mapping", *[""] * 5]
+        scales, kinds = ["", ""], {}
+        if self.cache in KV_SCALES:
+            scales, kinds = ["kv.scale"] * 2, {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR"}
+            if not layer:
+                scale = np.array([KV_SCALES[self.cache]], np.float32)
+                self.initializers.append(onnx.numpy_helper.from_array(scale, "kv.scale"))
+        inputs = [half, "", "", *past, *lengths, "cos_half", "sin_half", "slot_mapping", *[""] * 3, *scales]
         self.nodes.append(
             helper.make_node(
                 "PagedAttention",
@@ -66,6 +81,7 @@ class _PagedWriter(_GraphWriter):
                 num_heads=sizes.num_heads,
                 kv_num_heads=sizes.num_kv_heads,
                 do_rotary=1,
+                **kinds,
             )
         )
         out = self.node("Cast", [f"{prefix}.out.half"], f"{prefix}.out", to=TensorProto.FLOAT)
@@ -87,12 +103,14 @@ class _PagedWriter(_GraphWriter):
         outputs = [_port("logits", TensorProto.FLOAT, "N", sizes.vocab_size)]
         for layer in range(sizes.num_layers):
             for side in ("key", "value"):
-                inputs.append(_port(f"past_key_values.{layer}.{side}", TensorProto.FLOAT16, *cache))
-                outputs.append(_port(f"present.{layer}.{side}", TensorProto.FLOAT16, *cache))
+                inputs.append(_port(f"past_key_values.{layer}.{side}", _ELEMENT_TYPES[self.cache], *cache))
+                outputs.append(_port(f"present.{layer}.{side}", _ELEMENT_TYPES[self.cache], *cache))
         return _model(self.nodes, inputs, outputs, self.initializers)
 
 
-def make_paged_repository(root: Path, *, parameters: dict[str, str] | None = None, instance_group: str = "") -> Path:
+def make_paged_repository(
+    root: Path, *, parameters: dict[str, str] | None = None, instance_group: str = "", cache: str = "FP16"
+) -> Path:
     """A model ``tiny`` of `tests.tiny_models` as if it had been exported for cards. Returns its version folder."""
     folder = make_language_model(root, parameters=parameters)
     old = manifest.parse((folder / manifest.FILE_NAME).read_bytes())
@@ -100,12 +118,12 @@ def make_paged_repository(root: Path, *, parameters: dict[str, str] | None = Non
     for file in (old.graphs["decoder"].model, *old.graphs["decoder"].data):
         (folder / file.path).unlink()
     sizes = TinyDecoder(vocab_size=old.llm.vocab_size)
-    paths = make_paged_model(folder, sizes)
+    paths = make_paged_model(folder, sizes, cache)
     graphs = {
         role: manifest.Graph(model=manifest.GraphFile(path=path.name, sha256="0" * 64, size_bytes=path.stat().st_size))
         for role, path in paths.items()
     }
-    llm = msgspec.structs.replace(old.llm, kv=paged_language_model(sizes).kv)
+    llm = msgspec.structs.replace(old.llm, kv=paged_language_model(sizes, cache).kv)
     new = msgspec.structs.replace(old, target="cuda", precision="fp16", activations="fp16", graphs=graphs, llm=llm)
     (folder / manifest.FILE_NAME).write_bytes(manifest.encode(new))
     with (root / "tiny" / "config.pbtxt").open("a") as config:

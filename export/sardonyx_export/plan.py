@@ -10,6 +10,7 @@ from sardonyx.repository.manifest import Family
 from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.errors import ExportError
 from sardonyx_export.families.llm import has_wide_activations
+from sardonyx_export.kv_ranges import KvCacheDtype
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Target = Literal["cpu", "cuda"]
@@ -54,6 +55,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None
     """Positions that the graph is built for; ``None`` where it reads no tokens."""
     target: Target = "cpu"
+    kv_cache_dtype: KvCacheDtype | None = None
+    """Of a quantised KV cache."""
     num_parameters: int
     storage: dict[str, int]
     """Weights by how the source stores them."""
@@ -69,6 +72,7 @@ def make_plan(
     activations: Activations | None = None,
     max_model_len: int | None = None,
     target: Target = "cpu",
+    kv_cache_dtype: KvCacheDtype | None = None,
 ) -> Plan:
     """Decide precision and context.
 
@@ -109,6 +113,7 @@ def make_plan(
         activations=activations,
         max_model_len=max_model_len or context,
         target=target,
+        kv_cache_dtype=kv_cache_dtype,
         num_parameters=num_parameters,
         storage=dict(storage.most_common()),
         estimated_bytes=int(estimate),

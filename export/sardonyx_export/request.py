@@ -13,6 +13,7 @@ from sardonyx.errors import ConfigError, ModelNotFound
 from sardonyx.repository.layout import ModelEntry, Repository, check_files, read_manifest
 from sardonyx.repository.manifest import Manifest
 from sardonyx_export.encoder_spec import Pooling
+from sardonyx_export.kv_ranges import KvCacheDtype
 from sardonyx_export.plan import FAMILY_OF_TASK, Activations, Precision, Target, Task
 from sardonyx_export.sources.resolve import parse_source, source_uri
 
@@ -49,6 +50,8 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     """Positions that the graph is built for; ``None``: the model's own."""
     target: Target = "cpu"
+    kv_cache_dtype: KvCacheDtype | None = None
+    """Of a language model's KV cache; ``None``: that of its activations."""
     pooling: Pooling | None = None
     """Of a bare encoder's tokens; ``None``: as the source says, else mean."""
     file: str | None = None
@@ -134,6 +137,7 @@ def _is_wanted(manifest: Manifest, request: ExportRequest, uri: str) -> bool:
     limited = manifest.llm or manifest.encoder or manifest.whisper
     built_len = limited.max_model_len if limited else None
     pooling = manifest.embeddings.pooling if manifest.embeddings else None
+    cache = manifest.llm.kv.datatype.lower() if manifest.llm else None
     return (
         manifest.source.uri == uri
         and request.task in ("auto", *(task for task, family in FAMILY_OF_TASK.items() if family == manifest.family))
@@ -141,6 +145,7 @@ def _is_wanted(manifest: Manifest, request: ExportRequest, uri: str) -> bool:
         and manifest.target == request.target
         and request.precision in ("auto", manifest.precision)
         and request.activations in (None, manifest.activations)
+        and request.kv_cache_dtype in (None, cache)
         and request.max_model_len in (None, built_len)
         and f"; LoRA{manifest.source.weights.partition('; LoRA')[2]}" == (lora_words(request.loras) or "; LoRA")
         and (request.sha256 is None or request.sha256.lower() == manifest.source.sha256)

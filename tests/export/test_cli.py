@@ -118,17 +118,19 @@ def test_a_model_for_cuda_says_where_it_was_verified(
 def test_an_option_that_does_not_exist_is_refused(folder: Path) -> None:
     assert _run(folder, "--precision", "int3") != 0
     assert _run(folder, "--target", "tpu") != 0
+    assert _run(folder, "--kv-cache-dtype", "int4") != 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--precision", "fp16"), "precision: is fp16; for the target cpu"),
+        (("--kv-cache-dtype", "fp8"), "kv_cache_dtype: is fp8; for the target cpu the cache is float32"),
         (("--lora", "style.safetensors"), "--lora: is for diffusion models"),
         (("--lora", "style.safetensors:nan"), "nan is no scale"),
     ],
 )
-def test_options_of_diffusion_models_are_refused_for_others(
+def test_options_that_do_not_suit_a_model_are_refused(
     tmp_path: Path, folder: Path, arguments: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _run(folder, "--repository", tmp_path / "repository", *arguments) == 2

@@ -119,6 +119,11 @@ def test_the_same_export_is_found_and_another_is_not(tmp_path, root):
         ("BertModel", {"max_model_len": 1000}, "max_model_len"),
         ("BertModel", {"task": "image-classifier"}, "--task"),
         ("BertForSequenceClassification", {"pooling": "cls"}, "--pooling: is for embeddings"),
+        (
+            "BertModel",
+            {"kv_cache_dtype": "int8"},
+            "--kv-cache-dtype: is for language models; this is exported as embed",
+        ),
         ("BertForSequenceClassification", {"task": "reranker"}, "a reranker has one label"),
     ],
 )

@@ -13,6 +13,7 @@ from sardonyx.processing.tokenizer import Tokenizer
 from sardonyx.repository.check import check_repository
 from sardonyx.repository.layout import Repository
 from sardonyx_export.errors import ExportError
+from sardonyx_export.kv_ranges import KvCacheDtype
 from sardonyx_export.pipeline import run_export
 from sardonyx_export.plan import Plan, Precision
 from sardonyx_export.request import ExportRequest, ExportResult, find_existing
@@ -113,6 +114,32 @@ def test_a_model_for_cuda_is_verified_without_a_card(tmp_path: Path, folder: Pat
     assert manifest.parity[0].reference.startswith("in numpy, not on CUDA: ")
     assert find_existing(request) is not None
     assert find_existing(msgspec.structs.replace(request, target="cpu")) is None
+    assert find_existing(msgspec.structs.replace(request, kv_cache_dtype="int8")) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [("int8", "mean_kl <= 0.021, top1_agreement >= 0.807"), ("fp8", "mean_kl <= 0.081, top1_agreement >= 0.712")],
+)
+def test_a_quantised_cache_is_calibrated_verified_and_in_the_manifest(
+    tmp_path: Path, folder: Path, dtype: KvCacheDtype, tolerance: str
+) -> None:
+    root = tmp_path / "repository"
+    stages: list[str] = []
+    request = ExportRequest(source=str(folder), repository=root, precision="fp16", target="cuda", kv_cache_dtype=dtype)
+    manifest = run_export(request, progress=lambda stage, *_: stages.append(stage), announce=lambda _: None).manifest
+    assert check_repository(root) == []
+    assert "calibrate" in stages
+    assert manifest.llm is not None
+    assert manifest.llm.kv.datatype == dtype.upper()
+    assert manifest.activations == "fp16"
+    (parity,) = manifest.parity
+    assert parity.reference.endswith(f"prompts; KV cache in {dtype}")
+    assert parity.tolerance == tolerance
+    assert parity.mean_kl is not None
+    assert parity.mean_kl > 1e-5, "a cache that rounds leaves traces"
+    assert find_existing(request) is not None
+    assert find_existing(msgspec.structs.replace(request, kv_cache_dtype="fp8" if dtype == "int8" else "int8")) is None
 
 
 def test_nothing_is_published_when_the_graph_is_out_of_tolerance(

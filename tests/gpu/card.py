@@ -29,6 +29,9 @@ from sardonyx.runtime.providers import num_gpus
 from sardonyx.runtime.session import open_session
 from sardonyx_export.builders.decoder import BuildOptions, build_decoder
 from sardonyx_export.builders.feed import build_feed
+from sardonyx_export.families.llm import read_spec
+from sardonyx_export.kv_ranges import KvCacheDtype, KvRange
+from sardonyx_export.stages.calibration import measure_ranges
 from sardonyx_export.stages.paged_verify import Row, step_feeds
 
 Floats = npt.NDArray[np.float32]
@@ -50,6 +53,8 @@ TINY: dict[str, Any] = CONFIG | {
     "max_position_embeddings": 1024,
 }
 """Heads of 64, two of four for keys and values: sizes that all of CUDA's kernels take."""
+GROUPED: dict[str, Any] = TINY | {"hidden_size": 512, "num_attention_heads": 8}
+"""Four heads to each of keys and values: the fewest that ONNX Runtime's XQA takes, which reads quantised blocks."""
 SMOLLM2: dict[str, Any] = CONFIG | {
     "vocab_size": 49_152,
     "hidden_size": 576,
@@ -86,10 +91,17 @@ class PagedModel:
     llm: LanguageModel
 
 
-def build_for_cards(checkpoint: ArrayCheckpoint, folder: Path, precision: Any) -> PagedModel:
-    """Write decoder, sampler and feed into a new folder."""
+def build_for_cards(
+    checkpoint: ArrayCheckpoint, folder: Path, precision: Any, cache: KvCacheDtype | None = None
+) -> PagedModel:
+    """Write decoder, sampler and feed into a new folder; a quantised cache is calibrated on tokens drawn by chance."""
     folder.mkdir(parents=True)
-    report = build_decoder(checkpoint, folder, BuildOptions(precision=precision, target="cuda"))
+    ranges: list[KvRange] = []
+    if cache is not None:
+        texts = [random_ids(checkpoint.config["vocab_size"], 1000 + seed, 150) for seed in range(4)]
+        ranges = measure_ranges(checkpoint, read_spec(checkpoint.config), texts)
+    options = BuildOptions(precision=precision, target="cuda", kv_cache_dtype=cache)
+    report = build_decoder(checkpoint, folder, options, kv_ranges=ranges)
     paths = {"decoder": report.files[0], "sampler": report.sampler[0], "feed": build_feed(folder)[0]}
     return PagedModel(paths, _language_model(report.kv, checkpoint))
 

@@ -1,6 +1,8 @@
 """ONNX Runtime's side of a device with its CPU provider, whose memory is what a made driver allocates."""
 
+import ml_dtypes
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from tests.runtime.made_driver import make_driver, needs_compiler
@@ -10,7 +12,7 @@ from sardonyx.runtime import device_cuda
 from sardonyx.runtime.device import EAGER, DeviceTensor
 from sardonyx.runtime.device_cuda import SESSION_ENTRIES, SessionDevice, open_cuda_device, provider_options, run_options
 from sardonyx.runtime.device_driver import CudaStream
-from sardonyx.runtime.dtypes import DATATYPES
+from sardonyx.runtime.dtypes import DATATYPES, FP8
 from sardonyx.runtime.providers import ExecutionProvider, execution_provider
 from sardonyx_export.builders.feed import build_feed
 
@@ -77,6 +79,33 @@ def test_a_binding_may_be_bound_anew_in_another_shape(driver, tmp_path):
         device.read(output.address, result[: output.num_bytes])
         device.mark().wait()
         assert result[: output.num_bytes].view(np.int64).tolist() == values
+    device.close()
+
+
+@needs_compiler
+def test_fp8_is_bound_by_its_address(driver, tmp_path):
+    kind, floats = onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT
+    port = onnx.helper.make_tensor_value_info
+    node = onnx.helper.make_node("Cast", ["codes"], ["values"], to=floats)
+    graph = onnx.helper.make_graph([node], "cast", [port("codes", kind, ["n"])], [port("values", floats, ["n"])])
+    opsets = [onnx.helper.make_opsetid("", 21)]
+    onnx.save_model(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "cast.onnx")
+    device = open_device()
+    session = device.open(tmp_path / "cast.onnx", model_name="tiny")
+    assert session.inputs["codes"].datatype == FP8
+    values = np.array([1.5, -448, 0.25, 3], np.float32)
+    codes, result = device.allocate_host(4), device.allocate_host(16)
+    codes[:] = values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    source = DeviceTensor(device.allocate(4), (4,), FP8)
+    target = DeviceTensor(device.allocate(16), (4,), DATATYPES["FP32"])
+    device.write(source.address, codes)
+    binding = session.new_binding()
+    binding.bind_input("codes", source)
+    binding.bind_output("values", target)
+    binding.run()
+    device.read(target.address, result)
+    device.mark().wait()
+    np.testing.assert_array_equal(result.view(np.float32), values)
     device.close()
 
 

@@ -1,3 +1,6 @@
+from typing import Literal
+
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +16,7 @@ from sardonyx.serving.capacity import (
     describe_blocks,
     describe_capacity,
     engine_limits,
+    staging_bytes,
 )
 from sardonyx.settings import Settings
 
@@ -113,3 +117,23 @@ def test_the_log_says_how_a_cache_in_blocks_came_to_its_size() -> None:
         "KV cache: 10 blocks of 256 tokens, for 2 sequences of 1,000 tokens (4 were wanted), 1.0 MiB each, 10.0 MiB "
         "in all, within 10.5 MiB from half of the card"
     )
+
+
+@pytest.mark.parametrize("datatype", ["INT8", "FP8"])
+def test_a_block_of_a_quantised_cache_takes_half_the_bytes(datatype: Literal["INT8", "FP8"]) -> None:
+    sizes = {"num_layers": 28, "num_kv_heads": 8, "head_size": 128, "block_size": 128}
+    half, whole = (
+        BlockNeed.of(make(), KvLayout(**sizes, datatype=each))  # type: ignore[arg-type]  # all are counts
+        for each in (datatype, "BF16")
+    )
+    assert half.block_bytes == 2 * 28 * 128 * 8 * 128
+    assert whole.block_bytes == 2 * half.block_bytes
+    assert (half.least, half.wanted) == (whole.least, whole.wanted)
+    budget_bytes = 20 * whole.block_bytes
+    assert [count_blocks(make(), need, budget_bytes, source="x") for need in (whole, half)] == [20, 33]
+
+
+def test_unpacking_a_quantised_cache_takes_one_layer_of_all_rows_in_16_bits() -> None:
+    layout = KvLayout(num_layers=28, num_kv_heads=8, head_size=128, block_size=128, datatype="FP8")
+    assert staging_bytes(make(max_num_seqs=4, max_model_len=900), layout) == 4 * 900 * (2 * 8 * 128 * 2)
+    assert staging_bytes(make(), msgspec.structs.replace(layout, datatype="FP16")) == 0

@@ -415,6 +415,16 @@ def with_initializer(dims: list[int], datatype: int = onnx.TensorProto.FLOAT) ->
     return tiny_tensors.graph(nodes, [("INPUT0", *port)], [("OUTPUT0", *port)], constants=[weight])
 
 
+def test_a_type_that_only_caches_have_is_refused(tmp_path: Path) -> None:
+    ports = [helper.make_tensor_value_info("INPUT0", onnx.TensorProto.FLOAT8E4M3FN, [1])]
+    results = [helper.make_tensor_value_info("OUTPUT0", onnx.TensorProto.FLOAT, [1])]
+    node = helper.make_node("Cast", ["INPUT0"], ["OUTPUT0"], to=onnx.TensorProto.FLOAT)
+    graph = helper.make_graph([node], "cast", ports, results)
+    opsets = [helper.make_opsetid("", 21)]
+    tiny_tensors.write_model(tmp_path, "m", helper.make_model(graph, opset_imports=opsets, ir_version=10))
+    refuse(tmp_path, r"INPUT0: type tensor\(float8e4m3fn\) cannot be served")
+
+
 @pytest.mark.parametrize("dims", [[1 << 20], [1 << 33], [1 << 62], [1 << 40, 1 << 40], [-5]])
 def test_weights_that_are_promised_and_not_there_are_refused(tmp_path: Path, dims: list[int]) -> None:
     tiny_tensors.write_model(tmp_path, "m", with_initializer(dims))

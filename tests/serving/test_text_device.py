@@ -106,6 +106,23 @@ def test_the_cache_has_what_is_wanted_where_the_card_has_it(tmp_path, caplog):
     assert "from device_memory_fraction 0.9 of cuda:0" in caplog.text
 
 
+@pytest.mark.parametrize("cache", ["INT8", "FP8"])
+def test_a_quantised_cache_has_twice_the_blocks_in_the_same_memory(tmp_path, cache):
+    make_paged_repository(tmp_path, parameters={"kv_cache_bytes": str(30 * BLOCK_BYTES)}, cache=cache)
+    bench = Bench(tmp_path)
+    assert all(complete(bench, PROMPTS))
+    assert bench.num_blocks() == 60
+
+
+@pytest.mark.parametrize(("cache", "workspace_mib"), [("FP16", 768), ("INT8", 770)])
+def test_what_unpacking_a_quantised_cache_takes_is_promised(tmp_path, cache, workspace_mib):
+    """Of 64 sequences of 256 tokens: keys and values of a layer, in 16 bits."""
+    make_paged_repository(tmp_path, cache=cache)
+    bench = Bench(tmp_path, free_bytes=WORKSPACE_BYTES, max_num_seqs=64)
+    with pytest.raises(ConfigError, match=rf"on cuda:0 \(weights 0 MiB, workspace {workspace_mib} MiB"):
+        bench.load()
+
+
 def test_kv_cache_bytes_bounds_the_cache(tmp_path):
     make_paged_repository(tmp_path, parameters={"kv_cache_bytes": str(30 * BLOCK_BYTES)})
     bench = Bench(tmp_path)

@@ -1,5 +1,6 @@
 """From a checkpoint to the two files of a decoder's graph, and to the sampler's beside it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,8 @@ from sardonyx_export.builders import gguf_blocks
 from sardonyx_export.builders.decoder_graph import Attention, DecoderGraph
 from sardonyx_export.builders.floats import FloatKind
 from sardonyx_export.builders.graph import GraphWriter
+from sardonyx_export.builders.kv_scales import DATATYPES as CACHE_DATATYPES
+from sardonyx_export.builders.kv_scales import KvScales
 from sardonyx_export.builders.linear import Linears
 from sardonyx_export.builders.paged_attention import PagedAttention, default_block_size
 from sardonyx_export.builders.sampler import build_sampler
@@ -18,6 +21,7 @@ from sardonyx_export.builders.weights import MatrixKind, Precision, Progress, We
 from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.errors import ExportError
 from sardonyx_export.families.llm import has_wide_activations, read_spec
+from sardonyx_export.kv_ranges import KvCacheDtype, KvRange
 from sardonyx_export.spec import DecoderSpec
 
 Activations = Literal["fp32", "int8", "int8_rows", "fp16", "bf16"]
@@ -56,6 +60,8 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     """cuda: attention over blocks, 16-bit activations, and a graph that samples."""
     kv_block_size: int | None = None
     """Positions of a block of CUDA's cache, a power of two; ``None``: the smallest that FlashAttention reads."""
+    kv_cache_dtype: KvCacheDtype | None = None
+    """Of CUDA's cache; ``None``: the activations'."""
 
 
 class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +81,12 @@ class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def build_decoder(
-    checkpoint: Checkpoint, target_dir: Path, options: BuildOptions, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    target_dir: Path,
+    options: BuildOptions,
+    progress: Progress | None = None,
+    *,
+    kv_ranges: Sequence[KvRange] = (),
 ) -> BuildReport:
     """Write ``model.onnx`` and ``model.onnx.data``, the packed-step graph of a decoder language model.
 
@@ -89,6 +100,7 @@ def build_decoder(
         target_dir: an existing folder without these two files. On an error what was written so far is left in it.
         options: see `BuildOptions`.
         progress: called with the number of weights written and of all, after each tensor.
+        kv_ranges: of each layer, where the cache is quantised.
 
     Raises:
         ExportError: an architecture, a configuration field, a tensor or an option that is not implemented.
@@ -106,7 +118,8 @@ def build_decoder(
         linears = Linears(graph, options.block_size, has_exact_activations=activations == "fp32", floats=floats)
         attention: Attention = SlotAttention(graph, weights, spec)
         if options.target == "cuda":
-            attention = PagedAttention(graph, weights, spec, floats, kv_block_size)
+            scales = KvScales(graph, options.kv_cache_dtype, kv_ranges) if options.kv_cache_dtype else None
+            attention = PagedAttention(graph, weights, spec, floats, kv_block_size, scales)
         DecoderGraph(
             graph,
             weights,
@@ -124,7 +137,7 @@ def build_decoder(
         num_layers=len(spec.layers),
         num_kv_heads=spec.num_kv_heads,
         head_size=spec.head_size,
-        datatype=_DATATYPES[floats],
+        datatype=CACHE_DATATYPES[options.kv_cache_dtype] if options.kv_cache_dtype else _DATATYPES[floats],
         block_size=kv_block_size if options.target == "cuda" else None,
     )
     return BuildReport(
@@ -162,6 +175,10 @@ def check_options(options: BuildOptions) -> None:
             f"is {options.activations}, which does not go with precision {options.precision} and target "
             f"{options.target}",
             field="activations",
+        )
+    if options.kv_cache_dtype is not None and not is_cuda:
+        raise ExportError(
+            f"is {options.kv_cache_dtype}; for the target cpu the cache is float32", field="kv_cache_dtype"
         )
     size = options.kv_block_size
     if size is not None and (size < _MIN_KV_BLOCK_SIZE or size & (size - 1)):

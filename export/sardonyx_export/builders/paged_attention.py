@@ -13,6 +13,7 @@ import numpy as np
 
 from sardonyx_export.builders.floats import DTYPES, FloatKind
 from sardonyx_export.builders.graph import MICROSOFT, GraphWriter
+from sardonyx_export.builders.kv_scales import KvScales
 from sardonyx_export.builders.slot_attention import window_size
 from sardonyx_export.builders.weights import WeightWriter
 from sardonyx_export.errors import ExportError
@@ -29,21 +30,29 @@ class PagedAttention:
         graph: receives nodes and ports.
         weights: of the checkpoint: norms of queries and keys.
         spec: what the model is.
-        floats: fp16 or bf16, of the cache as well.
+        floats: fp16 or bf16, of the cache as well where it has no scales.
         block_size: positions of a block.
+        scales: of a quantised cache.
 
     Raises:
         ExportError: CUDA's kernels do not take heads of this size.
     """
 
     def __init__(
-        self, graph: GraphWriter, weights: WeightWriter, spec: DecoderSpec, floats: FloatKind, block_size: int
+        self,
+        graph: GraphWriter,
+        weights: WeightWriter,
+        spec: DecoderSpec,
+        floats: FloatKind,
+        block_size: int,
+        scales: KvScales | None = None,
     ) -> None:
         _check_sizes(spec)
         self._graph = graph
         self._weights = weights
         self._spec = spec
-        self._dtype = DTYPES[floats]
+        self._scales = scales
+        self._dtype = DTYPES[floats] if scales is None else scales.dtype
         self._block_size = block_size
 
     def declare(self) -> None:
@@ -66,6 +75,9 @@ class PagedAttention:
         prefix = f"model.layers.{index}."
         tables = ["", ""] if layer.rope is None else [f"rope.{layer.rope}.cos", f"rope.{layer.rope}.sin"]
         norms, norm_attributes = ["", ""], {}
+        scales, scale_attributes = ["", ""], {}
+        if self._scales is not None:
+            scales, scale_attributes = self._scales.write(index), self._scales.attributes
         if names.query_norm is not None:
             norms = [
                 self._weights.vector([f"{prefix}{name}.weight"], spec.head_size, offset=spec.norm_offset)
@@ -76,7 +88,7 @@ class PagedAttention:
         rows = ["cumulative_sequence_length", "past_seqlens", "block_table"]
         output, *_ = self._graph.node_with_outputs(
             "PagedAttention",
-            [packed, "", "", *past, *rows, *tables, "slot_mapping", "", *norms, "", "", "attention_metadata"],
+            [packed, "", "", *past, *rows, *tables, "slot_mapping", "", *norms, *scales, "attention_metadata"],
             [f"{prefix}self_attn.output", f"present.{index}.key", f"present.{index}.value"],
             domain=MICROSOFT,
             num_heads=spec.num_heads,
@@ -86,6 +98,7 @@ class PagedAttention:
             local_window_size=window_size(spec, layer),
             do_rotary=int(layer.rope is not None),
             **norm_attributes,
+            **scale_attributes,
         )
         return output
 

@@ -39,6 +39,8 @@ def choose_recipe(opened: OpenSource, request: ExportRequest) -> Recipe:
         )
     if task != "text-to-image" and request.loras:
         raise ExportError(f"is for diffusion models; this is exported as {task}", field="--lora")
+    if task != "text-generation" and request.kv_cache_dtype is not None:
+        raise ExportError(f"is for language models; this is exported as {task}", field="--kv-cache-dtype")
     if request.target != "cpu" and not has_16_bits:
         raise ExportError(
             f"{request.target} is for language models, text encoders, speech and diffusion models: the graphs of "

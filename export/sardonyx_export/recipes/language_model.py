@@ -10,10 +10,12 @@ from sardonyx_export.builders.feed import build_feed
 from sardonyx_export.built import Built
 from sardonyx_export.checkpoint import Checkpoint
 from sardonyx_export.families.llm import read_spec
+from sardonyx_export.kv_ranges import KvRange
 from sardonyx_export.plan import PAGED_NOTE, make_plan
 from sardonyx_export.recipes.recipe import Progress
 from sardonyx_export.request import ExportRequest
 from sardonyx_export.special_tokens import load_tokenizer, read_special_tokens
+from sardonyx_export.stages.calibration import calibration_prompts, measure_ranges
 from sardonyx_export.stages.paged_verify import run_paged_graph
 from sardonyx_export.stages.reference import Array, reference_logits
 from sardonyx_export.stages.verify import compare, make_prompts, run_graph
@@ -40,12 +42,14 @@ class LanguageModelRecipe:
             activations=request.activations,
             max_model_len=request.max_model_len,
             target=request.target,
+            kv_cache_dtype=request.kv_cache_dtype,
         )
         self._options = BuildOptions(
             precision=self.plan.precision,
             activations=self.plan.activations,
             max_model_len=self.plan.max_model_len,
             target=self.plan.target,
+            kv_cache_dtype=self.plan.kv_cache_dtype,
         )
         check_options(self._options)
 
@@ -56,7 +60,21 @@ class LanguageModelRecipe:
         tokenizer = load_tokenizer(checkpoint)
         special = read_special_tokens(checkpoint, tokenizer, vocab_size=spec.vocab_size)
         prompts = make_prompts(tokenizer, vocab_size=spec.vocab_size, max_model_len=spec.max_model_len)
-        report = build_decoder(checkpoint, folder, self._options, lambda done, total: progress("build", done, total))
+        ranges: list[KvRange] = []
+        if plan.kv_cache_dtype is not None:
+            ranges = measure_ranges(
+                checkpoint,
+                spec,
+                calibration_prompts(tokenizer, vocab_size=spec.vocab_size, max_model_len=spec.max_model_len),
+                lambda done, total: progress("calibrate", done, total),
+            )
+        report = build_decoder(
+            checkpoint,
+            folder,
+            self._options,
+            lambda done, total: progress("build", done, total),
+            kv_ranges=ranges,
+        )
         llm = LanguageModel(
             vocab_size=report.vocab_size,
             max_model_len=report.max_model_len,
@@ -82,7 +100,16 @@ class LanguageModelRecipe:
             texts=checkpoint.texts(),
             weights=report.weights,
             llm=llm,
-            parity=[compare(reference, measured, plan.precision, report.activations, note=note)],
+            parity=[
+                compare(
+                    reference,
+                    measured,
+                    plan.precision,
+                    report.activations,
+                    note=note,
+                    kv_cache_dtype=plan.kv_cache_dtype,
+                )
+            ],
         )
 
     def _run(self, report: BuildReport, llm: LanguageModel, prompts: list[list[int]]) -> list[Array]:

@@ -19,7 +19,7 @@ class PagedAttention(OpRun):
     """Attention over a cache in blocks.
 
     Queries, keys and values are packed in one tensor (T, (H + 2K) D). Separate keys, MLA's single cache, interleaved
-    rotation, non-causal masks and 4-bit or fp8 caches are not implemented and refused. What the kernel takes on trust
+    rotation, non-causal masks and 4-bit caches are not implemented and refused. What the kernel takes on trust
     is checked: bounds in ``attention_metadata``, slots, and that each position a query sees is in a mapped block where
     its table says so.
 
@@ -65,6 +65,7 @@ _ATTRIBUTES = {
     "k_quant_type",
     "v_quant_type",
 }
+_QUANTISED = [np.dtype(np.int8), np.dtype(ml_dtypes.float8_e4m3fn)]
 
 
 class _Attention:
@@ -163,19 +164,25 @@ class _Attention:
         return given.astype(np.int64)
 
     def _scale(self, side: str) -> Floats | None:
-        """(1) or (K, D) of an int8 cache."""
+        """(1) or (K, D) of an int8 or fp8 cache."""
         kind = self._attributes.get(f"{side}_quant_type", "NONE")
         if kind == "NONE":
             return None
-        scale = given(self._inputs[f"{side}_scale"]).astype(np.float32)
-        assert kind == ("PER_TENSOR" if scale.size == 1 else "PER_CHANNEL")
-        return scale if scale.size == 1 else scale[:, 0]
+        scale = given(self._inputs[f"{side}_scale"])
+        assert scale.dtype == np.float32, f"{side}_scale is {scale.dtype}, not float32"
+        if kind == "PER_TENSOR":
+            assert scale.shape == (1,), f"{side}_scale is {scale.shape}"
+            return scale
+        assert kind == "PER_CHANNEL", f"not implemented: {kind}"
+        assert scale.ndim == 3, f"{side}_scale is {scale.shape}"
+        assert scale.shape[:2] == (self._num_kv_heads, 1), f"{side}_scale is {scale.shape}"
+        return scale[:, 0]
 
     def _store(self, cache: Tensor, heads: Floats, slots: npt.NDArray[np.int64], side: str) -> None:
         scale = self._scale(side)
-        assert (cache.dtype == np.int8) if scale is not None else (cache.dtype == self._query.dtype)
+        assert cache.dtype in (_QUANTISED if scale is not None else [self._query.dtype]), f"the cache is {cache.dtype}"
         if scale is not None:
-            heads = np.clip(np.rint(heads / scale), -128, 127)
+            heads = _quantised(heads.astype(self._query.dtype), scale, cache.dtype)
         kept = slots >= 0
         blocks, offsets = np.divmod(slots[kept], cache.shape[1])
         cache[blocks, offsets] = heads[kept].astype(cache.dtype)
@@ -216,6 +223,15 @@ class _Attention:
         shares = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
         mixed: Floats = np.einsum("hqk,khd->qhd", shares, value)
         return mixed
+
+
+def _quantised(heads: Tensor, scale: Floats, dtype: np.dtype[Any]) -> Floats:
+    """Symmetric, to the nearest, cut off where the type ends; what a cache of `dtype` can hold.
+
+    Source: ONNX Runtime, ``QuantizeToCache`` in ``paged_attention_impl.cu``.
+    """
+    scaled = heads.astype(np.float32) * np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+    return np.clip(np.rint(scaled), -128, 127) if dtype == np.int8 else np.clip(scaled, -448, 448)
 
 
 def present(operator: OpRun, inputs: Sequence[Tensor | None]) -> list[Tensor | None]:

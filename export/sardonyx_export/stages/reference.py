@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sardonyx_export.checkpoint import Checkpoint
-from sardonyx_export.spec import DecoderSpec, Rope
+from sardonyx_export.spec import DecoderSpec, Layer, Rope
 
 Array = npt.NDArray[np.float32]
 
@@ -35,21 +35,64 @@ def reference_logits(
     Raises:
         ExportError: a tensor is missing or cannot be read.
     """
-    return _Reference(checkpoint, spec, [len(prompt) for prompt in prompts]).run(np.concatenate(prompts), progress)
+    return _Reference(checkpoint, spec, prompts).logits(progress)
+
+
+def watch_attention(
+    checkpoint: Checkpoint,
+    spec: DecoderSpec,
+    prompts: Sequence[Sequence[int]],
+    watch: Callable[[Layer, Array, Array], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """The pass without logits, for what its layers attend to.
+
+    Args:
+        checkpoint: as for `reference_logits`.
+        spec: likewise.
+        prompts: likewise.
+        watch: called for one layer after the other with keys, normed and rotated, and values, both (T, K, D) of all
+            prompts' tokens.
+        progress: called with layers done and layers in all.
+
+    Raises:
+        ExportError: a tensor is missing or cannot be read.
+    """
+    _Reference(checkpoint, spec, prompts, watch).hidden(progress)
 
 
 class _Reference:
     """The pass over all prompts at once: matrix products see packed tokens (T, E), attention each prompt by itself."""
 
-    def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec, lengths: list[int]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: DecoderSpec,
+        prompts: Sequence[Sequence[int]],
+        watch: Callable[[Layer, Array, Array], None] = lambda layer, keys, values: None,
+    ) -> None:
+        lengths = [len(prompt) for prompt in prompts]
         self._checkpoint = checkpoint
         self._spec = spec
+        self._watch = watch
+        self._token_ids = np.concatenate(prompts)
         self._ends = np.cumsum(lengths)
         self._positions = np.concatenate([np.arange(length) for length in lengths])
 
-    def run(self, token_ids: npt.NDArray[np.int64], progress: Callable[[int, int], None]) -> list[Array]:
+    def logits(self, progress: Callable[[int, int], None]) -> list[Array]:
+        """After every token, (length, V) of each prompt."""
         spec, names = self._spec, self._spec.names
-        x = self._read(f"{names.embedding}.weight")[token_ids] * np.float32(spec.embedding_scale)
+        x = self._norm(self.hidden(progress), names.final_norm)
+        head = names.embedding if spec.tied_head else names.head
+        logits = x @ self._read(f"{head}.weight").T
+        logits *= np.float32(spec.logits_scale)
+        progress(len(spec.layers), len(spec.layers))
+        return np.split(_soft_cap(logits, spec.logits_softcap), self._ends[:-1])
+
+    def hidden(self, progress: Callable[[int, int], None]) -> Array:
+        """The residual stream behind the last layer, (T, E)."""
+        spec, names = self._spec, self._spec.names
+        x: Array = self._read(f"{names.embedding}.weight")[self._token_ids] * np.float32(spec.embedding_scale)
         for i in range(len(spec.layers)):
             progress(i, len(spec.layers))
             layer = f"model.layers.{i}."
@@ -57,12 +100,7 @@ class _Reference:
             x = x + self._branch(self._attention(h, i), layer, names.attention_post_norm)
             h = self._norm(x, layer + names.ffn_norm)
             x = x + self._branch(self._ffn(h, layer), layer, names.ffn_post_norm)
-        x = self._norm(x, names.final_norm)
-        head = names.embedding if spec.tied_head else names.head
-        logits = x @ self._read(f"{head}.weight").T
-        logits *= np.float32(spec.logits_scale)
-        progress(len(spec.layers), len(spec.layers))
-        return np.split(_soft_cap(logits, spec.logits_softcap), self._ends[:-1])
+        return x
 
     def _attention(self, h: Array, index: int) -> Array:
         spec, names, layer = self._spec, self._spec.names, self._spec.layers[index]
@@ -76,6 +114,7 @@ class _Reference:
             query, key = self._norm(query, part + names.query_norm), self._norm(key, part + names.key_norm)
         if layer.rope is not None:
             query, key = (_rotate(side, self._positions, spec.ropes[layer.rope]) for side in (query, key))
+        self._watch(layer, key, value)
         outputs = [
             self._attend(q, k, v, layer.window)
             for q, k, v in zip(*(np.split(side, self._ends[:-1]) for side in (query, key, value)), strict=True)

@@ -21,9 +21,14 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     num_layers: Count
     num_kv_heads: Count
     head_size: Count
-    datatype: Literal["FP32", "FP16", "BF16", "INT8"] = "FP32"
+    datatype: Literal["FP32", "FP16", "BF16", "INT8", "FP8"] = "FP32"
+    """INT8, and FP8 as e4m3, are quantised by scales that the graph holds; on CUDA only."""
     block_size: Annotated[int, Meta(ge=16, le=1 << 16)] | None = None
     """Positions of a block, a power of two; ``None``: the cache has slots."""
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.datatype in ("INT8", "FP8")
 
 
 class LanguageModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

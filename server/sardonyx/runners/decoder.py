@@ -16,7 +16,7 @@ from sardonyx.runners.packed_pass import Logits, PackedPass
 from sardonyx.runners.packing import ForwardRow
 from sardonyx.runners.prompt_scores import NOT_FINITE, num_prompt_positions, score_prompt
 from sardonyx.runners.sampler import Sampler
-from sardonyx.runtime.dtypes import DATATYPES
+from sardonyx.runtime.dtypes import KV_DATATYPES
 from sardonyx.runtime.kv_cache import KvCache
 from sardonyx.runtime.session import Session
 
@@ -223,7 +223,7 @@ def _check_graph(session: Session, model: LanguageModel, limits: RunnerLimits) -
         odd = sorted(needed ^ session.inputs.keys()) or sorted(session.outputs)
         raise ConfigError(f"is no decoder in the packed-step contract: see {', '.join(odd[:4])}", file="model.onnx")
     cache = session.inputs["past_key_values.0.key"]
-    if cache.datatype != DATATYPES[model.kv.datatype] or (cache.shape[1], cache.shape[3]) != (
+    if cache.datatype != KV_DATATYPES[model.kv.datatype] or (cache.shape[1], cache.shape[3]) != (
         model.kv.num_kv_heads,
         model.kv.head_size,
     ):

@@ -11,7 +11,7 @@ from sardonyx.errors import ConfigError, EngineError
 from sardonyx.repository.families import LanguageModel
 from sardonyx.runners.paged_inputs import DECODER, FEED, SAMPLER, StepLayout
 from sardonyx.runtime.device import Device, DeviceBinding, DeviceSession, DeviceTensor, aligned
-from sardonyx.runtime.dtypes import DATATYPES
+from sardonyx.runtime.dtypes import DATATYPES, KV_DATATYPES
 
 _INT64, _FP32, _BOOL = DATATYPES["INT64"], DATATYPES["FP32"], DATATYPES["BOOL"]
 METADATA = "attention_metadata"
@@ -52,7 +52,7 @@ def check_graphs(graphs: PagedGraphs, model: LanguageModel, limits: RunnerLimits
         if odd:
             raise ConfigError(f"is no {role} of steps over blocks: see {', '.join(odd[:4])}", field=f"graphs.{role}")
     kv, cache = model.kv, graphs.decoder.inputs[f"past_key_values.{sides[0]}"]
-    if cache.datatype != DATATYPES[kv.datatype] or cache.shape[1:] != (kv.block_size, kv.num_kv_heads, kv.head_size):
+    if cache.datatype != KV_DATATYPES[kv.datatype] or cache.shape[1:] != (kv.block_size, kv.num_kv_heads, kv.head_size):
         raise ConfigError(f"says {cache.datatype.name} {cache.shape}, unlike the manifest", field="kv")
     if graphs.decoder.outputs["logits"].shape[-1] != model.vocab_size or limits.vocab_size != model.vocab_size:
         raise ConfigError("is not the vocabulary of manifest and limits", field="logits")
@@ -158,8 +158,8 @@ class StepMemory:
             self._device.free(self._allocated.pop())
 
     def _tensor(self, shape: tuple[int, ...], datatype: str) -> DeviceTensor:
-        tensor = DeviceTensor(0, shape, DATATYPES[datatype])
-        return DeviceTensor(self._allocate(tensor.num_bytes), shape, DATATYPES[datatype])
+        tensor = DeviceTensor(0, shape, KV_DATATYPES[datatype])
+        return DeviceTensor(self._allocate(tensor.num_bytes), shape, KV_DATATYPES[datatype])
 
     def _allocate(self, num_bytes: int) -> int:
         address = self._device.allocate(num_bytes)

@@ -5,6 +5,7 @@ Floor 3. Knows which steps are captured, and makes the ones that are not on the 
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -76,6 +77,8 @@ class PagedPass:
     def __init__(self, graphs: PagedGraphs, model: LanguageModel, limits: RunnerLimits, options: PagedOptions) -> None:
         self._graphs = graphs
         self._limits = limits
+        self._has_staging = model.kv.is_quantised
+        """Steps of chunks have their rows' caches unpacked to 16 bits: those of the most rows take the most memory."""
         max_columns = -(-limits.max_model_len // limits.block_size)
         self._buckets = Buckets(limits.num_slots, max_columns, options.max_graphs)
         max_rows = self._buckets.max_rows
@@ -156,10 +159,14 @@ class PagedPass:
         num_chunks = min(-(-num_tokens // limits.max_chunk_tokens), limits.num_slots)
         chunk = min(limits.max_chunk_tokens, num_tokens // num_chunks)
         num_logits = min(self._max_logits, num_chunks * chunk)
-        for rows in (
-            self._blank_rows(num_chunks, chunk, limits.max_model_len, num_logits=num_logits),
-            self._blank_rows(limits.num_slots, 1, limits.max_model_len),
-        ):
+        largest = [
+            self._blank_rows([chunk] * num_chunks, limits.max_model_len, num_logits=num_logits),
+            self._blank_rows([1] * limits.num_slots, limits.max_model_len),
+        ]
+        if self._has_staging:
+            chunk = min(limits.max_chunk_tokens, num_tokens - limits.num_slots + 1)
+            largest.append(self._blank_rows([*[1] * (limits.num_slots - 1), chunk], limits.max_model_len))
+        for rows in largest:
             self.start(rows, self.hosts[0])
             self._graphs.device.mark().wait()
         _logger.info("%s: warmed up in %.2f s", self._graphs.model_name, time.perf_counter() - started_s)
@@ -199,7 +206,7 @@ class PagedPass:
         bounds = self._buckets.bounds(bucket, self._limits.block_size)
         bindings.decoder.bind_input(METADATA, self._bounds(*bounds))
         length = min(bounds[1], self._limits.max_model_len)
-        rows = self._blank_rows(bucket.num_rows, 1, length, num_columns=bucket.num_columns)
+        rows = self._blank_rows([1] * bucket.num_rows, length, num_columns=bucket.num_columns)
         self._write(rows, layout, self.hosts[0])
         if is_new:
             bindings.feed.capture(shared_id)
@@ -223,17 +230,18 @@ class PagedPass:
         return np.array(bounds[: self._num_bounds], np.int32)
 
     def _blank_rows(
-        self, num_rows: int, num_new: int, length: int, *, num_columns: int = 0, num_logits: int = 0
+        self, lengths: Sequence[int], length: int, *, num_columns: int = 0, num_logits: int = 0
     ) -> StepRows:
-        """Rows that end at position `length`, all in block 0; as many tokens are drawn, greedily."""
-        num_tokens = num_rows * num_new
+        """Rows of so many new tokens that end at position `length`, all in block 0; one token is drawn of each."""
+        num_rows, num_new = len(lengths), np.array(lengths, np.int64)
+        num_tokens = int(num_new.sum())
         columns = num_columns or -(-length // self._limits.block_size)
         zeros = np.zeros(num_rows, np.float32)
         return StepRows(
             tokens=np.zeros(num_tokens, np.int64),
             source=np.full(num_tokens, -1, np.int64),
-            num_new=np.full(num_rows, num_new, np.int64),
-            num_past=np.full(num_rows, length - num_new, np.int64),
+            num_new=num_new,
+            num_past=length - num_new,
             blocks=np.zeros((num_rows, columns), np.int32),
             logits_index=np.arange(num_logits or num_rows, dtype=np.int64),
             draws=Draws(zeros, np.zeros(num_rows, np.int64), zeros + 1, zeros, zeros),

@@ -53,16 +53,27 @@ DATATYPES: dict[str, Datatype] = {
 Source: KServe V2 protocol, "Tensor Data Types"; onnx.proto, TensorProto.DataType.
 """
 
-_BY_ORT_NAME = {datatype.ort_name: datatype for datatype in DATATYPES.values()}
+FP8 = _datatype("FP8", np.uint8, 17, "float8e4m3fn")
+"""e4m3, as its bits in uint8. For KV caches on CUDA; KServe has no such datatype, so no tensor is served in it."""
+KV_DATATYPES = {name: DATATYPES[name] for name in ("FP32", "FP16", "BF16", "INT8")} | {FP8.name: FP8}
+"""What a KV cache may hold, by name."""
+
+_BY_ORT_NAME = {datatype.ort_name: datatype for datatype in (*DATATYPES.values(), FP8)}
 
 
 def from_ort_name(ort_name: str) -> Datatype:
     """The datatype of a session's input or output.
 
     Raises:
-        ConfigError: it is no tensor (a sequence, a map, an optional), or of an element type that the protocol lacks.
+        ConfigError: it is no tensor (a sequence, a map, an optional), or of an element type that neither the protocol
+            nor a KV cache has.
     """
     try:
         return _BY_ORT_NAME[ort_name]
     except KeyError:
-        raise ConfigError(f"type {ort_name} cannot be served; tensors of {', '.join(DATATYPES)} can") from None
+        raise not_served(ort_name) from None
+
+
+def not_served(ort_name: str) -> ConfigError:
+    """What is said of an input or output whose type the protocol lacks."""
+    return ConfigError(f"type {ort_name} cannot be served; tensors of {', '.join(DATATYPES)} can")

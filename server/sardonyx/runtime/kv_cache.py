@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from sardonyx.errors import ConfigError
 from sardonyx.repository.families import KvLayout
-from sardonyx.runtime.dtypes import DATATYPES
+from sardonyx.runtime.dtypes import KV_DATATYPES
 
 
 def bytes_per_slot(layout: KvLayout, capacity: int) -> int:
     """Memory of one slot once all its `capacity` positions are touched."""
     positions = 2 * layout.num_layers * layout.num_kv_heads * capacity
-    return positions * layout.head_size * DATATYPES[layout.datatype].array.itemsize
+    return positions * layout.head_size * KV_DATATYPES[layout.datatype].array.itemsize
 
 
 class KvCache:
@@ -48,7 +48,7 @@ class KvCache:
             ) from error
         with contextlib.suppress(AttributeError, OSError):  # a hint: some kernels and systems do not know it
             memory.madvise(mmap.MADV_NOHUGEPAGE)
-        flat: npt.NDArray[Any] = np.frombuffer(memory, DATATYPES[layout.datatype].array)
+        flat: npt.NDArray[Any] = np.frombuffer(memory, KV_DATATYPES[layout.datatype].array)
         self._slots = flat.reshape(2 * layout.num_layers, num_slots, layout.num_kv_heads, capacity, layout.head_size)
 
     def keys(self, layer: int, first_slot: int, num_slots: int) -> npt.NDArray[Any]:

@@ -104,6 +104,17 @@ class BlockNeed(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def staging_bytes(limits: EngineLimits, kv: KvLayout) -> int:
+    """What a step of prompt chunks takes beside a quantised cache: one layer of all rows' caches in 16 bits.
+
+    Each row counts as long as the longest: the kernel is told bounds, not lengths.
+
+    Source: ONNX Runtime, ``paged_attention.cc``: FlashAttention reads no quantised blocks, so they are gathered for it.
+    """
+    positions = limits.max_num_seqs * limits.max_model_len
+    return 2 * 2 * positions * kv.num_kv_heads * kv.head_size if kv.is_quantised else 0
+
+
 def count_blocks(limits: EngineLimits, need: BlockNeed, budget_bytes: int, *, source: str) -> int:
     """Blocks that fit into a budget, at most those that are wanted.
 

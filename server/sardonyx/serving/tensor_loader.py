@@ -25,7 +25,7 @@ from sardonyx.repository.tensorrt_bounds import tensor_bounds
 from sardonyx.repository.tensorrt_shapes import OpenBounds
 from sardonyx.runners.tensors import TensorModelRunner
 from sardonyx.runtime import session as sessions
-from sardonyx.runtime.dtypes import DATATYPES
+from sardonyx.runtime.dtypes import DATATYPES, not_served
 from sardonyx.runtime.external_data import check_external_data
 from sardonyx.runtime.graph_inputs import DeclaredTensor, read_graph
 from sardonyx.runtime.providers import num_gpus
@@ -196,6 +196,8 @@ def _graph_outputs(session: Session) -> list[GraphTensor]:
 
 
 def _graph_tensor(spec: sessions.TensorSpec, *, is_optional: bool = False) -> GraphTensor:
+    if spec.datatype.name not in DATATYPES:
+        raise ConfigError(f"{spec.name}: {not_served(spec.datatype.ort_name).reason}")
     datatype = "STRING" if spec.datatype.name == "BYTES" else spec.datatype.name
     dims = tuple(dim if isinstance(dim, int) and dim >= 0 else -1 for dim in spec.shape)
     return GraphTensor(spec.name, DataType.Value(f"TYPE_{datatype}"), dims, is_optional)

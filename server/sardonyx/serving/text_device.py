@@ -23,7 +23,7 @@ from sardonyx.runtime.device import Device
 from sardonyx.runtime.device_cuda import open_cuda_device
 from sardonyx.runtime.device_memory import free_device_bytes
 from sardonyx.runtime.providers import execution_provider, num_gpus
-from sardonyx.serving.capacity import BlockNeed, EngineLimits, count_blocks, describe_blocks
+from sardonyx.serving.capacity import BlockNeed, EngineLimits, count_blocks, describe_blocks, staging_bytes
 from sardonyx.serving.memory import DeviceBudgets, MemoryNeed
 from sardonyx.settings import Settings
 
@@ -179,7 +179,10 @@ def _memory_need(manifest: Manifest, llm: LanguageModel, limits: EngineLimits, n
         wanted_bytes = min(wanted_bytes, limits.kv_cache_bytes)
     return MemoryNeed(
         weights_bytes=sum(file.size_bytes for graph in graphs for file in (graph.model, *graph.data)),
-        workspace_bytes=WORKSPACE_BYTES + CAPTURE_BYTES + 2 * num_logits * llm.vocab_size * 4,
+        workspace_bytes=WORKSPACE_BYTES
+        + CAPTURE_BYTES
+        + 2 * num_logits * llm.vocab_size * 4
+        + staging_bytes(limits, llm.kv),
         kv_bytes=wanted_bytes,
         least_kv_bytes=min(wanted_bytes, need.least * need.block_bytes),
     )
