@@ -60,6 +60,21 @@ def test_any_request_is_answered_as_declared(server, operations, mode):
     check(operations, mode, 12, derandomize=True)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}),
+        ("completions", {"prompt": "hi", "max_tokens": 3}),
+        ("images/generations", {"prompt": "a cat", "guidance_scale": 2.2e-83, "size": None, "partial_images": 1}),
+    ],
+)
+def test_stream_is_as_declared(operations, path, body):
+    operation = next(each for each in operations if each.path == f"/v1/{path}")
+    case = operation.Case(body=body | {"stream": True}, media_type="application/json")
+    response = case.call_and_validate(checks=CHECKS, timeout=30)
+    assert response.headers["content-type"] == ["text/event-stream; charset=utf-8"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_any_of_many_requests_is_answered_as_declared(server, operations, mode):
