@@ -78,6 +78,7 @@ def test_wrong_parameter_of_a_speech_model_is_refused_by_name(key, value, messag
         ("max_batch_rows", "4097", "expected int <= 4096, not '4097'"),
         ("max_pixels", "63", "expected int >= 64, not '63'"),
         ("max_steps", "1001", "expected int <= 1000, not '1001'"),
+        ("default_guidance", "-1", "expected float >= 0.0, not '-1'"),
         ("max_step", "10", "is not a parameter of a diffusion model; did you mean max_steps?"),
         ("kv_cache_bytes", "10", "is not a parameter of a diffusion model"),
     ],

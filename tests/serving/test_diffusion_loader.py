@@ -97,6 +97,26 @@ def test_version_tells_what_it_is(tmp_path, layout):
     assert not model.is_alive
 
 
+def test_operator_decides_what_requests_get_that_say_nothing(tmp_path):
+    config = f"{parameter('default_steps', '2')} {parameter('default_guidance', '1.5')}"
+    make_diffusion_model(tmp_path, config=config)
+
+    async def test(model):
+        assert model.task.default_steps == 2
+        (unsaid,), (said,) = await paint(model, seed=1), await paint(model, seed=1, steps=2, guidance=1.5)
+        np.testing.assert_array_equal(unsaid, said)
+
+    run(tmp_path, test)
+
+
+def test_default_steps_stay_within_the_operators_limit(tmp_path):
+    make_diffusion_model(tmp_path, config=parameter("max_steps", "3"))
+    loader, model = load(tmp_path)
+    model.discard()
+    loader.close()
+    assert model.task.default_steps == 3
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_prompts_become_pictures(tmp_path, layout):
     make_diffusion_model(tmp_path, layout=layout)

@@ -27,6 +27,10 @@ class DiffusionModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     no limit but `max_pixels`; on TensorRT, whose engines have to know one, it is the side of a square of so many."""
     max_steps: Annotated[int, Meta(ge=1, le=1000)] | None = None
     """Of a picture at most; by default 100."""
+    default_steps: Annotated[int, Meta(ge=1, le=1000)] | None = None
+    """For requests that name none; by default the manifest's, and never more than `max_steps`."""
+    default_guidance: Annotated[float, Meta(ge=0, le=100)] | None = None
+    """Likewise."""
     moderator: str | None = None
     """An image classifier: pictures that it flags are not given out."""
 

@@ -7,6 +7,8 @@ import math
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
+
 from sardonyx.engine.denoise import DenoiseOptions, DenoisePolicy
 from sardonyx.engine.loop import StepLoop
 from sardonyx.errors import ConfigError
@@ -85,6 +87,7 @@ class DiffusionLoader:
         name, diffusion = files.name, files.manifest.diffusion
         assert diffusion is not None
         options = diffusion_model_options(without_device(entry.config), file=str(entry.config_path))
+        diffusion = _with_defaults(diffusion, options)
         scheduler = _read_scheduler(files.folder)
         tokenizers = [
             PromptTokenizer(files.folder / encoder.tokenizer, encoder.max_tokens, encoder.pad_token_id)
@@ -169,6 +172,16 @@ class DiffusionLoader:
             timeout_s=self._settings.request_timeout_s,
             queue_timeout_s=self._settings.queue_timeout_s,
         )
+
+
+def _with_defaults(diffusion: Diffusion, options: DiffusionModelOptions) -> Diffusion:
+    """With what requests get that say nothing, as the operator has it."""
+    steps, guidance = options.default_steps, options.default_guidance
+    return msgspec.structs.replace(
+        diffusion,
+        default_steps=min(diffusion.default_steps if steps is None else steps, options.max_steps or MAX_STEPS),
+        default_guidance=diffusion.default_guidance if guidance is None else guidance,
+    )
 
 
 def _read_scheduler(folder: Path) -> SchedulerConfig:
