@@ -277,6 +277,16 @@ def test_warm_up_leaves_nothing_behind_and_all_memory_is_given_back(both):
         runner.execute(SpeechBatch(windows=[both.cpu.window(0)]))
 
 
+def test_warm_up_runs_a_whole_prompt_a_full_padded_view_and_as_many_logits_as_a_step_may_want(both, monkeypatch):
+    monkeypatch.setattr(whisper_device, "MAX_POSITIONS", 36)
+    runner, device = both.open(num_slots=3)
+    runner.warm_up()
+    runs = [call.inputs for call in device.calls if call.what == "run" and call.graph == "decoder"]
+    sizes = [tuple(each[name].shape[0] for name in ("past_seqlens", "input_ids", "logits_index")) for each in runs]
+    assert sizes == [(1, MAX_LEN - 1, 2), (3, 36, 6), (3, 3, 6)]
+    runner.close()
+
+
 def test_a_card_without_room_is_told_with_what_to_lower(both):
     device = ReferenceDevice(capacity_bytes=10_000)
     sessions = {role: device.open(path, model_name="tiny") for role, path in both.cards["FP16"].items()}
@@ -292,6 +302,7 @@ def test_a_card_without_room_is_told_with_what_to_lower(both):
     ("model", "message"),
     [
         (on_card("BF16"), "decoder.onnx: kv: has cross.0.key of FP16"),
+        (on_card("FP8"), "decoder.onnx: kv: has cross.0.key of FP16"),
         (msgspec.structs.replace(on_card("FP16"), num_frames=38), "decoder.onnx: kv: has cross.0.key of FP16"),
         (msgspec.structs.replace(on_card("FP16"), vocab_size=95), "decoder.onnx: logits: is not the manifest's"),
         (msgspec.structs.replace(on_card("FP16"), num_mels=80), "encoder.onnx: mel: is not the manifest's window"),

@@ -177,11 +177,21 @@ def test_operators_bytes_go_before_the_servers(tmp_path, caplog):
 def test_a_card_without_room_for_one_window_is_told_and_everything_given_back(tmp_path):
     bytes_each = one_slot(make_speech_model_for_cards(tmp_path))
     bench = Bench(tmp_path, measured_bytes=bytes_each - 1)
-    with pytest.raises(ConfigError, match=r"kv_cache_bytes: one window needs .* what weights and steps leave"):
+    words = (
+        r"one window needs .* MiB, there are .* MiB from what weights and steps leave of cuda:0; unload another model$"
+    )
+    with pytest.raises(ConfigError, match=words):
         bench.load()
     assert bench.devices[0].is_closed
     assert not bench.devices[0].allocated
     assert bench.held_bytes() == 0
+
+
+def test_kv_cache_bytes_below_one_window_are_refused(tmp_path):
+    make_speech_model_for_cards(tmp_path, config=parameter("kv_cache_bytes", "1000"))
+    words = r"^kv_cache_bytes: one window needs .* MiB, there are 0.0 MiB from kv_cache_bytes; raise it$"
+    with pytest.raises(ConfigError, match=words):
+        Bench(tmp_path).load()
 
 
 def test_a_model_that_does_not_fit_is_refused_before_its_graphs_are_opened(tmp_path):

@@ -1,7 +1,8 @@
 """On which device a model with a manifest runs, and with which execution providers: two fields of its config.
 
-Floor 1. For families whose graphs may run on a card as they are: encoders, image classifiers, diffusion models. They
-have one place; how many steps run at once there is their own parameter.
+Floor 1. For language and speech models that were exported for cards, and for families whose graphs may run there as
+they are: encoders, image classifiers, diffusion models. They have one place; how many steps run at once there is their
+own parameter.
 """
 
 import msgspec

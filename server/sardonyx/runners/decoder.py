@@ -97,7 +97,7 @@ class DecoderRunner:
 
         Source: com.microsoft.GroupQueryAttention, input `query_seqlens` (ONNX Runtime 1.32 schema).
         """
-        rows = [_forward_row(row) for row in batch.rows]
+        rows = [ForwardRow.of(row) for row in batch.rows]
         scored = [num_prompt_positions(row) for row in batch.rows]
         wanted = [_wanted(row, num_positions) for row, num_positions in zip(batch.rows, scored, strict=True)]
         self._check_rows(rows)
@@ -200,11 +200,6 @@ class DecoderRunner:
                 reason = f"{count} tokens after {row.num_past} exceed a limit"
         if reason:
             raise EngineError(f"model {self._session.model_name} was given a batch that breaks its limits: {reason}")
-
-
-def _forward_row(row: BatchRow) -> ForwardRow:
-    sequence, num_past = row.sequence, row.sequence.num_computed_tokens
-    return ForwardRow(sequence.slot, sequence.token_ids[num_past : num_past + row.num_new_tokens], num_past)
 
 
 def _wanted(row: BatchRow, num_positions: int) -> Sequence[int]:

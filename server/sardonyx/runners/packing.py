@@ -1,6 +1,6 @@
 """How the rows of a step become session runs, and each run the tensors of the packed-step contract.
 
-Floor 3. Pure numpy: no session, no cache, no sequences.
+Floor 3. Pure numpy: no session, no cache.
 """
 
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from sardonyx.core import BatchRow
 
 
 @dataclass(slots=True, frozen=True)
@@ -19,6 +21,12 @@ class ForwardRow:
     """At least one."""
     num_past: int
     """Positions of the slot that are computed already; the new tokens follow them."""
+
+    @staticmethod
+    def of(row: BatchRow) -> "ForwardRow":
+        """A row of a batch."""
+        token_ids = row.sequence.token_ids[row.num_past : row.num_past + row.num_new_tokens]
+        return ForwardRow(row.sequence.slot, token_ids, row.num_past)
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from sardonyx.repository.families import LanguageModel
 from sardonyx.runners.paged_inputs import DECODER, FEED, SAMPLER, StepLayout
 from sardonyx.runtime.device import Device, DeviceBinding, DeviceSession, DeviceTensor, aligned
 from sardonyx.runtime.dtypes import DATATYPES, KV_DATATYPES
+from sardonyx.runtime.kv_cache import cache_names
 
 _INT64, _FP32, _BOOL = DATATYPES["INT64"], DATATYPES["FP32"], DATATYPES["BOOL"]
 METADATA = "attention_metadata"
@@ -36,7 +37,7 @@ class PagedGraphs:
 
 def check_graphs(graphs: PagedGraphs, model: LanguageModel, limits: RunnerLimits) -> None:
     """Raise ConfigError unless the graphs follow the contract of steps over blocks, in the manifest's sizes."""
-    sides = cache_names(model)
+    sides = cache_names(model.kv)
     expected = {
         "decoder": (
             {"input_ids", METADATA, *DECODER, *(f"past_key_values.{side}" for side in sides)},
@@ -62,11 +63,6 @@ def check_graphs(graphs: PagedGraphs, model: LanguageModel, limits: RunnerLimits
             f"positions do not fit a model of {model.max_model_len}",
             field="max_model_len",
         )
-
-
-def cache_names(model: LanguageModel) -> list[str]:
-    """``0.key``, ``0.value``, ``1.key`` ..."""
-    return [f"{layer}.{side}" for layer in range(model.kv.num_layers) for side in ("key", "value")]
 
 
 class StepMemory:
@@ -103,7 +99,7 @@ class StepMemory:
         kv = model.kv
         shape = (limits.num_blocks, limits.block_size, kv.num_kv_heads, kv.head_size)
         try:
-            self.cache = {name: self._tensor(shape, kv.datatype) for name in cache_names(model)}
+            self.cache = {name: self._tensor(shape, kv.datatype) for name in cache_names(kv)}
             self.inputs = self._allocate(input_bytes)
             self._input_ids = self._allocate(max_tokens * 8)
             self._logits = self._allocate(max_logits * model.vocab_size * 4)

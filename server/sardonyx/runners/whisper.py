@@ -167,7 +167,7 @@ class WhisperRunner:
             cross.{i}.value    (B, H, P, D)  float32
         """
         wanted = [self._reader.wanted(row) for row in rows]
-        logits, firsts = self._pass.forward([_forward_row(row) for row in rows], wanted)
+        logits, firsts = self._pass.forward([ForwardRow.of(row) for row in rows], wanted)
         return self._reader.read(rows, wanted, logits, firsts)
 
 
@@ -200,11 +200,6 @@ class _CrossCache:
 def _cross_of(window: Window) -> list[CrossLayer]:
     assert isinstance(window.cross, list), "the engine has windows encoded first"
     return window.cross
-
-
-def _forward_row(row: BatchRow) -> ForwardRow:
-    sequence, num_past = row.sequence, row.sequence.num_computed_tokens
-    return ForwardRow(sequence.slot, sequence.token_ids[num_past : num_past + row.num_new_tokens], num_past)
 
 
 def _check_graphs(sessions: WhisperSessions, model: Whisper) -> None:

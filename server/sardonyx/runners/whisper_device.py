@@ -124,7 +124,8 @@ class WhisperDeviceRunner:
         long = [model.start_id] * (model.max_model_len - 1)
         short = [model.start_id] * max(1, MAX_POSITIONS // num_slots)
         for token_ids, count in ((long, 1), (short[: len(long)], num_slots), ([model.start_id], num_slots)):
-            self._forward([ForwardRow(slot, token_ids, 0) for slot in range(count)], [[0]] * count)
+            wanted = [[0, len(token_ids) - 1]] * count
+            self._forward([ForwardRow(slot, token_ids, 0) for slot in range(count)], wanted)
         if self._aligner is not None:
             self._align([model.start_id] * model.max_model_len, window)
         _logger.info("%s: warmed up in %.2f s", self._graphs.model_name, time.perf_counter() - started_s)
@@ -203,7 +204,7 @@ class WhisperDeviceRunner:
     def _decode(self, rows: list[BatchRow]) -> SpeechOutput:
         """One packed pass, and a token for each row."""
         wanted = [self._reader.wanted(row) for row in rows]
-        logits, firsts = self._forward([_forward_row(row) for row in rows], wanted)
+        logits, firsts = self._forward([ForwardRow.of(row) for row in rows], wanted)
         return self._reader.read(rows, wanted, logits, firsts)
 
     def _forward(self, rows: list[ForwardRow], wanted: list[list[int]]) -> tuple[npt.NDArray[np.float32], list[int]]:
@@ -257,8 +258,3 @@ class WhisperDeviceRunner:
 
 def _bytes(values: npt.NDArray[np.float32]) -> Bytes:
     return values.view(np.uint8).reshape(-1)
-
-
-def _forward_row(row: BatchRow) -> ForwardRow:
-    sequence, num_past = row.sequence, row.sequence.num_computed_tokens
-    return ForwardRow(sequence.slot, sequence.token_ids[num_past : num_past + row.num_new_tokens], num_past)

@@ -9,7 +9,8 @@ from sardonyx.errors import ConfigError
 from sardonyx.repository.families import Whisper
 from sardonyx.runners.whisper_inputs import METADATA, STEP_INPUTS
 from sardonyx.runtime.device import Device, DeviceSession
-from sardonyx.runtime.dtypes import DATATYPES
+from sardonyx.runtime.dtypes import KV_DATATYPES
+from sardonyx.runtime.kv_cache import cache_names
 
 
 @dataclass(slots=True, frozen=True)
@@ -30,14 +31,9 @@ class WhisperGraphs:
         self.device.close()
 
 
-def cache_names(model: Whisper) -> list[str]:
-    """``0.key``, ``0.value``, ``1.key`` ..."""
-    return [f"{layer}.{side}" for layer in range(model.kv.num_layers) for side in ("key", "value")]
-
-
 def check_graphs(graphs: WhisperGraphs, model: Whisper) -> None:
     """Raise ConfigError unless the graphs have the tensors that the manifest's docstring names, in its sizes."""
-    sides, kv = cache_names(model), model.kv
+    sides, kv = cache_names(model.kv), model.kv
     cross = {f"cross.{side}" for side in sides}
     past, present = ({f"{part}.{side}" for side in sides} for part in ("past_key_values", "present"))
     expected = {
@@ -59,7 +55,7 @@ def check_graphs(graphs: WhisperGraphs, model: Whisper) -> None:
         ("past_key_values.0.key", (kv.block_size, kv.num_kv_heads, kv.head_size)),
     ):
         spec = graphs.decoder.inputs[name]
-        if spec.datatype != DATATYPES[kv.datatype] or spec.shape[1:] != shape:
+        if spec.datatype != KV_DATATYPES[kv.datatype] or spec.shape[1:] != shape:
             raise ConfigError(
                 f"has {name} of {spec.datatype.name} {spec.shape}, unlike the manifest", file="decoder.onnx", field="kv"
             )

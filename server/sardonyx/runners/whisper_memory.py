@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from sardonyx.errors import ConfigError, EngineError
 from sardonyx.repository.families import Whisper
-from sardonyx.runners.whisper_graphs import cache_names
 from sardonyx.runtime.device import Bytes, Device, DeviceBinding, DeviceTensor
-from sardonyx.runtime.dtypes import DATATYPES
+from sardonyx.runtime.dtypes import DATATYPES, KV_DATATYPES
+from sardonyx.runtime.kv_cache import cache_names
 from sardonyx.speech import Window
 
-_FP32, _INT64 = DATATYPES["FP32"], DATATYPES["INT64"]
+_FP32 = DATATYPES["FP32"]
 
 
 class WindowPlaces:
@@ -83,8 +83,8 @@ class WhisperMemory:
         rows = (2 * num_slots, kv.num_kv_heads, num_positions, kv.head_size)
         aligned_tokens = (len(model.alignment_heads), model.max_model_len, num_positions)
         try:
-            self._past = {name: self._tensor(blocks, kv.datatype) for name in cache_names(model)}
-            self._cross = {name: self._tensor(rows, kv.datatype) for name in cache_names(model)}
+            self._past = {name: self._tensor(blocks, kv.datatype) for name in cache_names(kv)}
+            self._cross = {name: self._tensor(rows, kv.datatype) for name in cache_names(kv)}
             self.mel = self._tensor((1, model.num_mels, model.num_frames), "FP32")
             self.inputs = self._allocate(input_bytes)
             self._logits = self._allocate(num_logits * model.vocab_size * 4)
@@ -143,8 +143,8 @@ class WhisperMemory:
             self._device.free(self._allocated.pop())
 
     def _tensor(self, shape: tuple[int, ...], datatype: str) -> DeviceTensor:
-        tensor = DeviceTensor(0, shape, DATATYPES[datatype])
-        return DeviceTensor(self._allocate(tensor.num_bytes), shape, DATATYPES[datatype])
+        tensor = DeviceTensor(0, shape, KV_DATATYPES[datatype])
+        return DeviceTensor(self._allocate(tensor.num_bytes), shape, KV_DATATYPES[datatype])
 
     def _allocate(self, num_bytes: int) -> int:
         address = self._device.allocate(max(num_bytes, 1))

@@ -15,6 +15,11 @@ from sardonyx.repository.families import KvLayout
 from sardonyx.runtime.dtypes import KV_DATATYPES
 
 
+def cache_names(layout: KvLayout) -> list[str]:
+    """What a graph calls its caches, behind a prefix: ``0.key``, ``0.value``, ``1.key`` ..."""
+    return [f"{layer}.{side}" for layer in range(layout.num_layers) for side in ("key", "value")]
+
+
 def bytes_per_slot(layout: KvLayout, capacity: int) -> int:
     """Memory of one slot once all its `capacity` positions are touched."""
     positions = 2 * layout.num_layers * layout.num_kv_heads * capacity

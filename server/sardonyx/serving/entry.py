@@ -20,6 +20,8 @@ ENCODER_FAMILIES = frozenset({"embeddings", "reranker", "classifier"})
 IMAGE_CLASSIFIER = "image_classifier"
 SPEECH_FAMILY = "whisper"
 DIFFUSION_FAMILY = "diffusion"
+CACHING_FAMILIES = frozenset({TEXT_FAMILY, SPEECH_FAMILY})
+"""Families of models with a KV cache."""
 OPENAI_FAMILIES = TEXT_FAMILIES | ENCODER_FAMILIES | {IMAGE_CLASSIFIER, SPEECH_FAMILY, DIFFUSION_FAMILY}
 """What the OpenAI endpoints can use."""
 FAMILIES = OPENAI_FAMILIES | {"tensors"}

@@ -14,10 +14,9 @@ from sardonyx.repository.layout import ModelEntry
 from sardonyx.repository.manifest import Manifest
 from sardonyx.repository.tensor_config import read_placement
 from sardonyx.runtime.host_memory import free_memory_bytes
-from sardonyx.serving.entry import SPEECH_FAMILY, TEXT_FAMILY
+from sardonyx.serving.entry import CACHING_FAMILIES, TEXT_FAMILY
 from sardonyx.serving.memory import DeviceBudgets, MemoryBudget, MemoryNeed
 
-_CACHING = frozenset({TEXT_FAMILY, SPEECH_FAMILY})
 _HOST_REMEDY = "unload another model, export it with a smaller precision, or lower memory_fraction"
 
 
@@ -59,7 +58,7 @@ class LoadMemory:
         gpus: set[int | None] = {None}
         if entry.config.platform == "ensemble" or entry.config.HasField("ensemble_scheduling"):
             gpus = set()
-        elif not num_gpus or (manifest is not None and manifest.family in _CACHING):
+        elif not num_gpus or (manifest is not None and manifest.family in CACHING_FAMILIES):
             gpus = set() if is_for_cards else {None}
         elif manifest is not None:
             gpus = {read_device(entry.config, needs_gpu=is_for_cards, num_gpus=num_gpus, file=file).gpu}

@@ -20,7 +20,14 @@ from sardonyx.serving.diffusion_loader import DiffusionLoader
 from sardonyx.serving.encoder_loader import EncoderLoader
 from sardonyx.serving.engines import Engines
 from sardonyx.serving.ensemble import EnsembleModel
-from sardonyx.serving.entry import DIFFUSION_FAMILY, ENCODER_FAMILIES, IMAGE_CLASSIFIER, SPEECH_FAMILY, TEXT_FAMILY
+from sardonyx.serving.entry import (
+    CACHING_FAMILIES,
+    DIFFUSION_FAMILY,
+    ENCODER_FAMILIES,
+    IMAGE_CLASSIFIER,
+    SPEECH_FAMILY,
+    TEXT_FAMILY,
+)
 from sardonyx.serving.image_loader import ImageClassifierLoader
 from sardonyx.serving.load_memory import LoadMemory
 from sardonyx.serving.memory import DeviceBudgets, KvBudget
@@ -37,9 +44,6 @@ from sardonyx.serving.text_device import DeviceTexts
 from sardonyx.serving.text_loader import TextLoader
 from sardonyx.settings import Settings, usable_cores
 
-_CACHING = frozenset({TEXT_FAMILY, SPEECH_FAMILY})
-"""Families of models with a KV cache."""
-
 
 def build_registry(settings: Settings, metrics: Metrics) -> Registry:
     """A registry over the repositories of the settings, not started. Sets the process's compute threads.
@@ -50,7 +54,7 @@ def build_registry(settings: Settings, metrics: Metrics) -> Registry:
     configure_threads(settings.num_threads or usable_cores(), allow_spinning=settings.allow_spinning)
     repositories = [Repository(path) for path in (settings.repository, *settings.more_repositories)]
     entries = merge([index(each) for each in repositories])
-    num_models = Counter(entry.target for entry in entries if entry.family in _CACHING)
+    num_models = Counter(entry.target for entry in entries if entry.family in CACHING_FAMILIES)
     budget = KvBudget(int(settings.memory_fraction * free_memory_bytes()), num_models["cpu"])
     devices = DeviceBudgets(settings.device_memory_fraction, num_models["cuda"])
     loader = ModelLoader(repositories, settings, metrics, budget, devices)

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 import msgspec
 
+from sardonyx.core import Runner
 from sardonyx.errors import ConfigError, EngineError
 from sardonyx.repository.families import Whisper
 from sardonyx.repository.speech_config import SpeechModelOptions
@@ -19,6 +20,7 @@ from sardonyx.serving.memory import DeviceBudgets, MemoryNeed
 from sardonyx.serving.text_device import Cards
 from sardonyx.serving.version_files import VersionFiles
 from sardonyx.settings import Settings
+from sardonyx.speech import SpeechBatch, SpeechOutput
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +29,11 @@ WORKSPACE_BYTES = 512 << 20
 most, and the activations of one window."""
 
 
-class DeviceSpeech(msgspec.Struct, frozen=True, kw_only=True):
-    """A speech model on a card, its caches in place."""
+class OpenSpeech(msgspec.Struct, frozen=True, kw_only=True):
+    """A speech model on a card or on the host, warm, its caches in place."""
 
-    runner: WhisperDeviceRunner
-    settle: Callable[[], None]
+    runner: Runner[SpeechBatch, SpeechOutput]
+    settle: Callable[[], None] = lambda: None
     """Call it when the model serves: what it took can be measured from then on."""
     give_back: Callable[[], None]
     """Call it when the model is closed."""
@@ -61,8 +63,8 @@ class DeviceSpeeches:
 
     def open(
         self, files: VersionFiles, whisper: Whisper, options: SpeechModelOptions, wanted: int, undo: ExitStack
-    ) -> DeviceSpeech:
-        """Promise memory, open the graphs, see what the largest steps take, and fill the rest with windows.
+    ) -> OpenSpeech:
+        """Promise memory, open the graphs, see what the steps of one window take, and fill the rest with windows.
 
         Args:
             files: of the version; they name the card.
@@ -85,26 +87,26 @@ class DeviceSpeeches:
         undo.callback(budget.give_back, share)
         graphs = self._open_graphs(gpu, files, undo)
         free_bytes = self._measure(gpu, graphs, whisper)
-        source = "kv_cache_bytes"
+        budget_bytes, source, remedy = share.kv_bytes, "kv_cache_bytes", "raise it"
         if options.kv_cache_bytes is None:
             source = f"device_memory_fraction {self._settings.device_memory_fraction:g} of cuda:{gpu}"
-        budget_bytes = share.kv_bytes
-        if free_bytes < budget_bytes:
+        if is_full := free_bytes < budget_bytes:
             budget_bytes, source = free_bytes, f"what weights and steps leave of cuda:{gpu}"
+            remedy = "unload another model"
         num_slots = min(wanted, budget_bytes // bytes_each)
         mib = bytes_each / (1 << 20)
         if num_slots < 1:
-            reason = f"one window needs {mib:,.1f} MiB, {source} leaves {budget_bytes / (1 << 20):,.1f} MiB"
-            raise ConfigError(f"{reason}; raise it, or unload another model", field="kv_cache_bytes")
+            there = f"there are {budget_bytes / (1 << 20):,.1f} MiB from {source}"
+            raise ConfigError(
+                f"one window needs {mib:,.1f} MiB, {there}; {remedy}", field=None if is_full else "kv_cache_bytes"
+            )
         logger.info(
             "%s: %d windows at once (%d wanted), %.1f MiB each, from %s", files.name, num_slots, wanted, mib, source
         )
         runner = WhisperDeviceRunner(graphs, whisper, num_slots)
         undo.callback(runner.close)
         _warm_up(runner, gpu)
-        return DeviceSpeech(
-            runner=runner, settle=lambda: budget.settle(share), give_back=lambda: budget.give_back(share)
-        )
+        return OpenSpeech(runner=runner, settle=lambda: budget.settle(share), give_back=lambda: budget.give_back(share))
 
     def _open_graphs(self, gpu: int, files: VersionFiles, undo: ExitStack) -> WhisperGraphs:
         device = self._cards.open(gpu)
@@ -116,7 +118,7 @@ class DeviceSpeeches:
         return WhisperGraphs(files.name, device, sessions["encoder"], sessions["decoder"], sessions.get("aligner"))
 
     def _measure(self, gpu: int, graphs: WhisperGraphs, whisper: Whisper) -> int:
-        """Bytes that are free once the largest steps have been run, with a place for one window.
+        """Bytes that are free once the largest steps of one window have been run, with a place for it.
 
         Raises:
             ConfigError: they do not run.

@@ -4,12 +4,8 @@ Floor 4. Everything here blocks; the registry runs it in worker threads.
 """
 
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
 
-import msgspec
-
-from sardonyx.core import Runner
 from sardonyx.engine.loop import StepLoop
 from sardonyx.engine.speech import SpeechOptions, SpeechPolicy
 from sardonyx.errors import ConfigError
@@ -30,29 +26,18 @@ from sardonyx.serving.memory import DeviceBudgets, KvBudget, KvShare
 from sardonyx.serving.passage import SpeechTools
 from sardonyx.serving.pool import WorkerPool
 from sardonyx.serving.speech import SpeechLimits, SpeechModel
-from sardonyx.serving.speech_device import DeviceSpeeches
+from sardonyx.serving.speech_device import DeviceSpeeches, OpenSpeech
 from sardonyx.serving.speech_requests import SpeechRequests
 from sardonyx.serving.speech_tensors import speech_face
 from sardonyx.serving.task_tensors import TaskTensorModel
 from sardonyx.serving.transcription import SpeechRuntime, Transcription
 from sardonyx.serving.version_files import VersionFiles, read_version
 from sardonyx.settings import Settings
-from sardonyx.speech import SpeechBatch, SpeechOutput
 
 logger = logging.getLogger(__name__)
 
 MAX_NUM_SEQS = 16
 """Windows that are decoded at once, where the operator's config does not say."""
-
-
-class _Opened(msgspec.Struct, frozen=True, kw_only=True):
-    """A model's runner, warm, and what is to be done with it later."""
-
-    runner: Runner[SpeechBatch, SpeechOutput]
-    settle: Callable[[], None] = lambda: None
-    """When the model serves."""
-    give_back: Callable[[], None]
-    """When it is closed."""
 
 
 class SpeechLoader:
@@ -96,7 +81,8 @@ class SpeechLoader:
         options = speech_model_options(without_device(config) if is_on_card else config, file=str(entry.config_path))
         tokens = WhisperTokens(Tokenizer.load(files.folder), whisper)
         with ExitStack() as undo:
-            opened = (self._open_on_card if is_on_card else self._open_on_host)(files, whisper, options, undo)
+            wanted = options.max_num_seqs or MAX_NUM_SEQS
+            opened = (self._devices.open if is_on_card else self._open_on_host)(files, whisper, options, wanted, undo)
             runner = opened.runner
             num_slots = runner.limits.num_slots
             dispatch = EventDispatch()
@@ -148,24 +134,17 @@ class SpeechLoader:
         return read_version(entry, version, {SPEECH_FAMILY}, "speech model", num_gpus=num_gpus)
 
     def _open_on_host(
-        self, files: VersionFiles, whisper: Whisper, options: SpeechModelOptions, undo: ExitStack
-    ) -> _Opened:
-        share, num_slots = self._take_memory(files.name, options, slot_bytes(whisper))
+        self, files: VersionFiles, whisper: Whisper, options: SpeechModelOptions, wanted: int, undo: ExitStack
+    ) -> OpenSpeech:
+        share, num_slots = self._take_memory(files.name, options, wanted, slot_bytes(whisper))
         undo.callback(self._budget.give_back, share)
         runner = _open_runner(files, whisper, num_slots)
         undo.callback(runner.close)
         runner.warm_up()
-        return _Opened(runner=runner, give_back=lambda: self._budget.give_back(share))
+        return OpenSpeech(runner=runner, give_back=lambda: self._budget.give_back(share))
 
-    def _open_on_card(
-        self, files: VersionFiles, whisper: Whisper, options: SpeechModelOptions, undo: ExitStack
-    ) -> _Opened:
-        opened = self._devices.open(files, whisper, options, options.max_num_seqs or MAX_NUM_SEQS, undo)
-        return _Opened(runner=opened.runner, settle=opened.settle, give_back=opened.give_back)
-
-    def _take_memory(self, name: str, options: SpeechModelOptions, bytes_each: int) -> tuple[KvShare, int]:
+    def _take_memory(self, name: str, options: SpeechModelOptions, wanted: int, bytes_each: int) -> tuple[KvShare, int]:
         """A share of the budget, and how many windows it holds; a line in the log says so."""
-        wanted = options.max_num_seqs or MAX_NUM_SEQS
         if options.kv_cache_bytes is not None:
             share = self._budget.claim(name, min(wanted * bytes_each, options.kv_cache_bytes))
             source = "kv_cache_bytes"
