@@ -102,7 +102,7 @@ step() {
     case $1 in
     stash | setup | look) $1 ;;
     tests-first) run_tests first tests/gpu/test_device.py tests/gpu/test_sampling.py tests/gpu/test_language_models.py -k "not smollm2" ;;
-    tests-more) run_tests more tests/gpu/test_memory.py tests/gpu/test_families.py tests/gpu/test_tensorrt.py ;;
+    tests-more) run_tests more tests/gpu/test_memory.py tests/gpu/test_families.py tests/gpu/test_speech.py tests/gpu/test_tensorrt.py ;;
     tests-smollm2) run_tests smollm2 tests/gpu/test_language_models.py -k smollm2 ;;
     *) bench "$1" ;;
     esac
