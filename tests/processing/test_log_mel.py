@@ -38,7 +38,8 @@ def test_a_short_sound_is_what_transformers_makes_of_it(num_mels: int, num_sampl
 
 
 def test_no_sound_is_silence() -> None:
-    np.testing.assert_allclose(log_mel(np.zeros(0, np.float32), 80), SILENCE)
+    # How the logarithm is rounded depends on the processor.
+    np.testing.assert_allclose(log_mel(np.zeros(0, np.float32), 80), SILENCE, rtol=1e-6)
 
 
 @settings(max_examples=20)
