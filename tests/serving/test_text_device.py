@@ -262,8 +262,10 @@ def test_an_export_without_a_graph_is_told_to_be_made_anew(tmp_path, role):
 
 def test_more_sequences_than_a_step_has_rows_are_refused(tmp_path):
     make_paged_repository(tmp_path)
+    bench = Bench(tmp_path, max_num_seqs=300, max_batch_tokens=512)
     with pytest.raises(ConfigError, match="max_num_seqs: is 300"):
-        Bench(tmp_path, max_num_seqs=300, max_batch_tokens=512).load()
+        bench.load()
+    assert not bench.devices
 
 
 def test_sampled_text_is_the_same_for_the_same_seed(tmp_path):

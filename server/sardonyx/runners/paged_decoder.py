@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sardonyx.core import Batch, RunnerLimits, StepOutput, TokenLogprobs
-from sardonyx.errors import ConfigError, EngineError
+from sardonyx.errors import EngineError
 from sardonyx.repository.families import LanguageModel
 from sardonyx.runners.logprobs import MIN_LOGPROB
 from sardonyx.runners.paged_draws import needs_host
-from sardonyx.runners.paged_graphs import PagedGraphs, check_graphs
+from sardonyx.runners.paged_graphs import PagedGraphs, check_graphs, check_num_rows
 from sardonyx.runners.paged_pass import HostSide, PagedOptions, PagedPass
 from sardonyx.runners.paged_plan import NOT_DRAWN, Planner, StepPlan
 from sardonyx.runners.prompt_scores import NOT_FINITE, score_prompt
@@ -24,8 +24,6 @@ from sardonyx.runtime.device import DeviceTensor, Mark
 
 _logger = logging.getLogger(__name__)
 
-MAX_ROWS = 256
-"""Rows of a step that every version of the kernel takes."""
 _MAX_OUT = 2
 
 
@@ -75,8 +73,7 @@ class PagedRunner:
 
     def __init__(self, graphs: PagedGraphs, model: LanguageModel, limits: RunnerLimits, options: PagedOptions) -> None:
         check_graphs(graphs, model, limits)
-        if limits.num_slots > MAX_ROWS:
-            raise ConfigError(f"is {limits.num_slots}; steps over blocks have {MAX_ROWS} rows", field="max_num_seqs")
+        check_num_rows(limits.num_slots)
         self._graphs = graphs
         self._limits = limits
         self._planner = Planner(graphs.model_name, limits, options.max_batch_tokens)

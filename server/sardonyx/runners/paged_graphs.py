@@ -16,6 +16,8 @@ from sardonyx.runtime.kv_cache import cache_names
 
 _INT64, _FP32, _BOOL = DATATYPES["INT64"], DATATYPES["FP32"], DATATYPES["BOOL"]
 METADATA = "attention_metadata"
+MAX_ROWS = 256
+"""Rows of a step that every version of the kernel takes."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -33,6 +35,12 @@ class PagedGraphs:
         for session in (self.decoder, self.sampler, self.feed):
             session.close()
         self.device.close()
+
+
+def check_num_rows(num_rows: int) -> None:
+    """Raise ConfigError where a step may have more rows than the kernel takes."""
+    if num_rows > MAX_ROWS:
+        raise ConfigError(f"is {num_rows}; steps over blocks have {MAX_ROWS} rows", field="max_num_seqs")
 
 
 def check_graphs(graphs: PagedGraphs, model: LanguageModel, limits: RunnerLimits) -> None:

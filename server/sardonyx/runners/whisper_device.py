@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sardonyx.core import BatchRow, RunnerLimits
-from sardonyx.errors import ConfigError, EngineError
+from sardonyx.errors import EngineError
 from sardonyx.repository.families import Whisper
 from sardonyx.runners.packing import ForwardRow
+from sardonyx.runners.paged_graphs import check_num_rows
 from sardonyx.runners.speech_reader import SpeechReader, request_of
 from sardonyx.runners.whisper_graphs import WhisperGraphs, check_graphs
 from sardonyx.runners.whisper_inputs import (
@@ -33,8 +34,6 @@ _logger = logging.getLogger(__name__)
 
 MAX_POSITIONS = 1024
 """Of the padded view of a run's rows. A row alone may have more: its whole prompt is read at once."""
-MAX_ROWS = 256
-"""Rows of a step that every version of the kernel takes."""
 
 
 class WhisperDeviceRunner:
@@ -62,8 +61,7 @@ class WhisperDeviceRunner:
 
     def __init__(self, graphs: WhisperGraphs, model: Whisper, num_slots: int) -> None:
         check_graphs(graphs, model)
-        if num_slots > MAX_ROWS:
-            raise ConfigError(f"is {num_slots}; steps over blocks have {MAX_ROWS} rows", field="max_num_seqs")
+        check_num_rows(num_slots)
         assert model.kv.block_size is not None, "the cache has blocks"
         self._graphs = graphs
         self._model = model

@@ -13,6 +13,7 @@ from sardonyx.core import Runner
 from sardonyx.errors import ConfigError, EngineError
 from sardonyx.repository.families import Whisper
 from sardonyx.repository.speech_config import SpeechModelOptions
+from sardonyx.runners.paged_graphs import check_num_rows
 from sardonyx.runners.whisper import slot_bytes
 from sardonyx.runners.whisper_device import WhisperDeviceRunner
 from sardonyx.runners.whisper_graphs import WhisperGraphs
@@ -81,6 +82,7 @@ class DeviceSpeeches:
         if whisper.kv.block_size is None:
             reason = "is missing although the target is cuda"
             raise ConfigError(reason, file=str(files.folder / "manifest.json"), field="whisper.kv.block_size")
+        check_num_rows(wanted)  # before the weights are read
         bytes_each = slot_bytes(whisper)
         budget = self._budgets.on(gpu)
         share = budget.take(files.name, _memory_need(files, whisper, options, wanted, bytes_each))

@@ -17,7 +17,7 @@ from sardonyx.repository.families import LanguageModel
 from sardonyx.repository.layout import ModelEntry
 from sardonyx.repository.manifest import Manifest
 from sardonyx.runners.paged_decoder import PagedRunner
-from sardonyx.runners.paged_graphs import PagedGraphs
+from sardonyx.runners.paged_graphs import PagedGraphs, check_num_rows
 from sardonyx.runners.paged_pass import MAX_GRAPHS, PagedOptions
 from sardonyx.runtime.device import Device
 from sardonyx.runtime.device_cuda import open_cuda_device
@@ -114,6 +114,7 @@ class DeviceTexts:
         llm = manifest.llm
         assert llm is not None, "a language model"
         _check_manifest(manifest, llm, folder)
+        check_num_rows(limits.max_num_seqs)  # before the weights are read
         need = BlockNeed.of(limits, llm.kv)
         budget = self._budgets.on(gpu)
         share = budget.take(name, _memory_need(manifest, llm, limits, need))
