@@ -9,6 +9,7 @@ from sardonyx.core import FinishReason, RunnerLimits
 from sardonyx.core import Sequence as Tokens
 from sardonyx.engine.speech import SpeechOptions, SpeechPolicy
 from sardonyx.errors import EngineError
+from sardonyx.runners.whisper_memory import WindowPlaces
 from sardonyx.speech import Alignment, SpeechBatch, SpeechEvent, SpeechOutput, SpeechRequest, SpeechTask, Window
 
 END_ID = 900
@@ -52,15 +53,24 @@ class FakeSpeechRunner:
 
     Args:
         on_step: called before each step; may raise, or name rows that fail.
+        has_places: as on a card, it takes windows back when it has more than `limits.num_slots`.
     """
 
     def __init__(
-        self, limits: RunnerLimits, talk: Talk = talk, on_step: Callable[[SpeechBatch], dict[int, str]] | None = None
+        self,
+        limits: RunnerLimits,
+        talk: Talk = talk,
+        on_step: Callable[[SpeechBatch], dict[int, str]] | None = None,
+        *,
+        has_places: bool = False,
     ) -> None:
         self.limits = limits
         self.talk = talk
         self.on_step = on_step
         self.slots: list[tuple[Window | None, list[int]]] = [(None, [])] * limits.num_slots
+        self.places = WindowPlaces(range(limits.num_slots)) if has_places else None
+        self.encoded: dict[int, Window] = {}
+        """By place."""
 
     def execute(self, batch: SpeechBatch) -> SpeechOutput:
         kinds = [bool(batch.windows), batch.aligned is not None, bool(batch.rows)]
@@ -69,13 +79,15 @@ class FakeSpeechRunner:
         failed = self.on_step(batch) if self.on_step else {}
         for window in batch.windows:
             assert window.cross is None, "no window is encoded twice"
-            window.cross = []
+            window.cross = [] if self.places is None else self._encode(window, self.places)
+        assert all(window.cross is not None for window in batch.windows), "none takes another's place within a step"
         if batch.aligned is not None:
             return SpeechOutput(alignment=self._align(batch.aligned))
         for placement in batch.placements:
-            assert placement.window.cross is not None
             tokens: list[int] = []
-            if placement.source is not None:
+            if placement.source is None:
+                self._find(placement.window)
+            else:
                 tokens = self.slots[placement.source][1][: placement.num_tokens]
                 self.slots[placement.source] = (None, [])
             self.slots[placement.slot] = (placement.window, tokens)
@@ -90,7 +102,7 @@ class FakeSpeechRunner:
     def _align(self, sequence: Tokens) -> Alignment:
         request = sequence.request
         assert isinstance(request, SpeechRequest)
-        assert request.window.cross is not None
+        self._find(request.window)
         attention = np.full((1, len(sequence.token_ids), 1), request.window.num_frames, np.float32)
         return Alignment(attention, np.array(sequence.token_ids[1:], np.float32))
 
@@ -110,6 +122,16 @@ class FakeSpeechRunner:
         output.no_speech_probs.append(no_speech_prob(request) if is_text and begins else None)
         output.language_probs.append({} if is_text else language_probs(request))
 
+    def _encode(self, window: Window, places: WindowPlaces) -> int:
+        place = places.take(window)
+        self.encoded[place] = window
+        return place
+
+    def _find(self, window: Window) -> None:
+        assert window.cross is not None, "it was encoded, and not taken back since"
+        if self.places is not None:
+            assert self.encoded[self.places.use(window)] is window, "and nobody has its place"
+
     def close(self) -> None:
         self.slots.clear()
 
@@ -123,10 +145,11 @@ class SpeechDriver:
         *,
         talk: Talk = talk,
         on_step: Callable[[SpeechBatch], dict[int, str]] | None = None,
+        has_places: bool = False,
         **options: int,  # fields of SpeechOptions
     ) -> None:
         self.policy = SpeechPolicy(limits, SpeechOptions(**options), end_id=END_ID)
-        self.runner = FakeSpeechRunner(limits, talk, on_step)
+        self.runner = FakeSpeechRunner(limits, talk, on_step, has_places=has_places)
         self.now_s = 100.0
         self.requests: dict[str, SpeechRequest] = {}
         self.sequences: dict[str, Tokens] = {}

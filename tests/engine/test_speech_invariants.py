@@ -24,15 +24,22 @@ class Speech(RuleBasedStateMachine):
     """The driver checks one end a request; its runner the slots, whose window and which tokens are in each."""
 
     @initialize(
-        num_slots=st.integers(1, 5), max_num_seqs=st.sampled_from([1, 2, 3, 9]), max_batch_windows=st.integers(1, 3)
+        num_slots=st.integers(1, 5),
+        max_num_seqs=st.sampled_from([1, 2, 3, 9]),
+        max_batch_windows=st.integers(1, 3),
+        has_places=st.booleans(),
     )
-    def start(self, num_slots, max_num_seqs, max_batch_windows):
+    def start(self, num_slots, max_num_seqs, max_batch_windows, has_places):
         self.num_places = min(num_slots, max_num_seqs)
         self.max_batch_windows = max_batch_windows
         limits = RunnerLimits(num_slots, MAX_MODEL_LEN, MAX_MODEL_LEN, 1000)
         self.limits = limits
         self.driver = SpeechDriver(
-            limits, on_step=self.on_step, max_num_seqs=max_num_seqs, max_batch_windows=max_batch_windows
+            limits,
+            on_step=self.on_step,
+            has_places=has_places,
+            max_num_seqs=max_num_seqs,
+            max_batch_windows=max_batch_windows,
         )
         self.windows = [make_window(0)]
         self.fault: tuple[str | None, int] = (None, 0)
