@@ -29,16 +29,16 @@ COLOURS = {
 }
 NEUTRAL = ("white", "grey", "black")
 """Backgrounds that a caption may leave unsaid."""
-SIZES = {"small": (7.5, 9.0), "medium": (10.5, 12.0), "big": (13.5, 20.0)}
+SIZES = {"small": (7.5, 9.0), "medium": (10.5, 12.0), "big": (13.5, 17.0)}
 """Half extents in pixels. Medium is the size that no caption mentions."""
 MAX_EXTENT_OF_TWO = 14.0
 RELATIONS = ("left", "right", "above", "below")
 _MARGIN = 2.0
 _GAP = 2.0
-_WANDER = 4.0
+_WANDER = 2.0
 """How far in pixels a centre lies from where a picture of so many things has it, along each axis. Wherever a thing may
 be, the network has to have seen it there with every shape: ten times the room takes ten times the training."""
-_MAX_TILT = 8.0
+_MAX_TILT = 1.0
 _SUPERSAMPLING = 4
 _JITTER = 6
 """How far a colour's channels stray from the palette."""

@@ -58,7 +58,7 @@ class Plan:
     autoencoder_batch: int = 8
     text_steps: int = 700
     text_batch: int = 128
-    denoiser_steps: int = 12_000
+    denoiser_steps: int = 26_000
     denoiser_batch: int = 32
     denoiser_rate: float = 1e-3
     save_every_s: float = 180.0
