@@ -109,7 +109,7 @@ class Denoise(RuleBasedStateMachine):
         assert batch.num_tokens <= self.max_batch_rows or len(batch.rows) == 1
         chosen = {row.sequence.request.id for row in batch.rows}
         running = self.running()
-        # Who has waited longest is next at every fourth round, so nobody misses more than four times their number.
+        # Who has waited longest is left out three times at most, so nobody misses more than four times their number.
         for name in running:
             missed = 0 if name in chosen else self.rounds_missed.get(name, 0) + 1
             assert missed <= 4 * self.max_num_seqs

@@ -44,8 +44,8 @@ class DenoiseOptions(msgspec.Struct, frozen=True, kw_only=True):
     rows would have to be waited for."""
 
 
-_SHARE_OF_OLDEST = 4
-"""Every so manieth round begins with the picture that has waited longest."""
+_MAX_PASSED_OVER = 3
+"""Rounds in a row that leave out the picture that has waited longest; the next one begins with it."""
 
 
 _MUCH_LONGER = 4
@@ -63,9 +63,9 @@ class _Entry:
 class DenoisePolicy:
     """A `sardonyx.engine.policy.Policy` over `ImageRequest`s.
 
-    Rounds take turns: three begin with the picture that has least left to do, the fourth with the one that has waited
-    longest. So a short request among long ones gets three rounds of four, and a long one is never forgotten. Others of
-    the same size fill the call up, those that waited longest first. What opens or ends a request goes before
+    A round begins with the picture that has least left to do, or, after three that left it out, with the one that has
+    waited longest. So a short request among long ones gets three rounds of four, and a long one is never forgotten.
+    Others of the same size fill the call up, those that waited longest first. What opens or ends a request goes before
     rounds: decoding, then prompts, then pictures to begin with.
 
     Args:
@@ -86,8 +86,8 @@ class DenoisePolicy:
         """In the order in which they started."""
         self._deadlines = Deadlines(self._find)
         self._events: list[SequenceEvent] = []
-        self._num_begun = 0
-        """Rounds scheduled."""
+        self._num_passed_over = 0
+        """Rounds in a row that left out whoever had waited longest."""
         self._turns = itertools.count(1)
         self._num_rounds = 0
 
@@ -153,8 +153,7 @@ class DenoisePolicy:
             return None
         by_turn = sorted(self._running.values(), key=lambda entry: entry.turn)
         first, most_left = by_turn[0], math.inf
-        self._num_begun += 1
-        if self._num_begun % _SHARE_OF_OLDEST:
+        if self._num_passed_over < _MAX_PASSED_OVER:
             first = min(by_turn, key=lambda entry: entry.picture.num_rows_left)
             if self._options.short_runs_alone:
                 most_left = _MUCH_LONGER * first.picture.num_rows_left
@@ -165,6 +164,7 @@ class DenoisePolicy:
             if num_rows + entry.picture.num_rows <= self._options.max_batch_rows:
                 chosen.append(entry)
                 num_rows += entry.picture.num_rows
+        self._num_passed_over = 0 if by_turn[0] in chosen else self._num_passed_over + 1
         for entry in chosen:
             entry.turn = next(self._turns)
         return DenoiseBatch(rows=[_row(entry) for entry in chosen])
