@@ -29,10 +29,11 @@ _TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums over threads differ in their last bits."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -144,9 +145,12 @@ def test_stopped_training_goes_on_to_the_same_numbers(trained: Path, tmp_path: P
     run(_plan(tmp_path, stop_at=1), [stage])
     assert torch.load(tmp_path / f"{stage}.pt", weights_only=True)["step"] == 1
     run(_plan(tmp_path), [stage])
-    for resumed, straight in zip(_weights(tmp_path, stage), _weights(trained, stage), strict=True):
-        # Sums over threads differ in their last bits; a lost moment or another batch would move weights by 1e-5.
-        assert torch.allclose(resumed.float(), straight.float(), rtol=1e-4, atol=2e-6)
+    resumed, straight = (
+        torch.cat([each.float().flatten() for each in _weights(at, stage)]) for at in (tmp_path, trained)
+    )
+    # On average: a lost moment or another batch moves every weight by 1e-5, and rounding just those biases that norms
+    # take away again, of whose gradients, zeros but for that, Adam makes whole steps.
+    assert float((resumed - straight).abs().mean()) < 4e-6
 
 
 @pytest.mark.filterwarnings("ignore")
