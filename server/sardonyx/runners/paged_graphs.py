@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from sardonyx.core import RunnerLimits
 from sardonyx.errors import ConfigError, EngineError
 from sardonyx.repository.families import LanguageModel
-from sardonyx.runners.paged_inputs import DECODER, FEED, SAMPLER, StepLayout
+from sardonyx.runners.paged_inputs import DECODER, FEED, METADATA, SAMPLER, StepLayout
 from sardonyx.runtime.device import Device, DeviceBinding, DeviceSession, DeviceTensor, aligned
 from sardonyx.runtime.dtypes import DATATYPES, KV_DATATYPES
 from sardonyx.runtime.kv_cache import cache_names
 
 _INT64, _FP32, _BOOL = DATATYPES["INT64"], DATATYPES["FP32"], DATATYPES["BOOL"]
-METADATA = "attention_metadata"
 MAX_ROWS = 256
 """Rows of a step that every version of the kernel takes."""
 

@@ -19,6 +19,7 @@ _INT32, _INT64, _FP32 = DATATYPES["INT32"], DATATYPES["INT64"], DATATYPES["FP32"
 
 FEED = ("tokens", "source")
 DECODER = ("logits_index", "cumulative_sequence_length", "past_seqlens", "slot_mapping", "block_table")
+METADATA = "attention_metadata"
 SAMPLER = ("temperature", "top_k", "top_p", "min_p", "uniform")
 
 

@@ -16,8 +16,8 @@ from sardonyx.core import RunnerLimits
 from sardonyx.errors import ConfigError, EngineError
 from sardonyx.repository.families import LanguageModel
 from sardonyx.runners.paged_draws import Draws
-from sardonyx.runners.paged_graphs import METADATA, PagedGraphs, StepMemory
-from sardonyx.runners.paged_inputs import Bucket, Buckets, StepLayout, StepRows, StepSizes
+from sardonyx.runners.paged_graphs import PagedGraphs, StepMemory
+from sardonyx.runners.paged_inputs import METADATA, Bucket, Buckets, StepLayout, StepRows, StepSizes
 from sardonyx.runtime.device import Bytes, DeviceBinding, DeviceTensor
 
 _logger = logging.getLogger(__name__)

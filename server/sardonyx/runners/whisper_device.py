@@ -15,10 +15,10 @@ from sardonyx.errors import EngineError
 from sardonyx.repository.families import Whisper
 from sardonyx.runners.packing import ForwardRow
 from sardonyx.runners.paged_graphs import check_num_rows
+from sardonyx.runners.paged_inputs import METADATA
 from sardonyx.runners.speech_reader import SpeechReader, request_of
 from sardonyx.runners.whisper_graphs import WhisperGraphs, check_graphs
 from sardonyx.runners.whisper_inputs import (
-    METADATA,
     Tensors,
     divide_rows,
     layout,

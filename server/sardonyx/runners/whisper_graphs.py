@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from sardonyx.errors import ConfigError
 from sardonyx.repository.families import Whisper
-from sardonyx.runners.whisper_inputs import METADATA, STEP_INPUTS
+from sardonyx.runners.paged_inputs import METADATA
+from sardonyx.runners.whisper_inputs import STEP_INPUTS
 from sardonyx.runtime.device import Device, DeviceSession
 from sardonyx.runtime.dtypes import KV_DATATYPES
 from sardonyx.runtime.kv_cache import cache_names

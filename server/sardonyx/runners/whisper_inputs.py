@@ -13,7 +13,6 @@ from sardonyx.runners.packing import ForwardRow
 from sardonyx.runtime.device import Bytes, DeviceTensor, aligned
 from sardonyx.runtime.dtypes import DATATYPES
 
-METADATA = "attention_metadata"
 STEP_INPUTS = (
     *("input_ids", "position_ids", "logits_index", "row_gather", "row_scatter"),
     *("cumulative_sequence_length", "past_seqlens", "block_table", "slot_mapping"),
@@ -43,7 +42,7 @@ def divide_rows(rows: Sequence[ForwardRow], max_positions: int) -> list[range]:
 def step_tensors(
     rows: Sequence[ForwardRow], wanted: Sequence[Sequence[int]], blocks: npt.NDArray[np.int32], block_size: int
 ) -> tuple[Tensors, npt.NDArray[np.int32]]:
-    """Inputs of a step, by their names, and `METADATA`, which stays on the host.
+    """Inputs of a step, by their names, and `paged_inputs.METADATA`, which stays on the host.
 
     Args:
         rows: at least one.
